@@ -1,0 +1,497 @@
+"""Lightning's hooks around the pipeline, the dataset and the samplers; nothing else.
+
+    prepare_data   one process: build what is missing, or verify that nothing is
+    setup          every process: open what was prepared, from its manifests
+    *_dataloader   every process: its share of one global order, in finished batches
+    state_dict     where in that order training stands, to resume from exactly there
+
+It works under `lightning` and `pytorch_lightning` alike, and without a Trainer:
+
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    batch = next(iter(datamodule.train_dataloader()))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from retro_data import pipeline
+from retro_data.dataset import RetroDataset, collate
+from retro_data.errors import RetroDataError
+from retro_data.pipeline import Prepared, Settings
+from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
+
+log = logging.getLogger(__name__)
+
+PREPARE = ("auto", "build", "verify")
+POSITION = "retro_data_position"  # marks our state in a checkpoint, whatever class saved it
+ORDER_FIELDS = ("data", "seq_len", "mode", "seed")  # what the order of samples depends on
+
+
+def _data_module_base() -> type:
+    """One class that every installed Lightning takes for its own LightningDataModule."""
+    bases = []
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            bases.append(importlib.import_module(package).LightningDataModule)
+        except ImportError:
+            continue
+    if not bases:
+        raise RetroDataError("RetroDataModule needs Lightning: `pip install lightning`.")
+    return type("LightningDataModule", tuple(bases), {})
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule as _LightningDataModule
+else:
+    _LightningDataModule = _data_module_base()
+
+
+class RetroDataModule(_LightningDataModule):
+    """Batches of sequences with their retrieved neighbors, from a corpus of text.
+
+    Every batch is as the table in `retro_data.dataset` says. `vocab_size`, `pad_id`, `bos_id`,
+    `eos_id`, `chunk_size` and `bytes_per_token` are known as soon as the data is prepared, so a
+    model can be built before training: call `prepare_data()` first.
+
+    A checkpoint holds the position in global samples. Resumed inside an epoch, training goes on with
+    exactly the samples that are left, on any number of ranks and workers with the same global
+    batch size. (Weights are exact only from checkpoints where gradients were not being accumulated.)
+
+    Args:
+        root: folder of all artifacts, on storage that all nodes share.
+        corpus: one corpus (`name`, `path`, ...) or a list of them; `retro_data.corpus`.
+        tokenizer, chunks, splits, embedder, database, index, neighbors, engine: settings of each
+            stage, as in `retro_data.pipeline.Settings`; None for its defaults.
+        chunk_size: tokens of a chunk.
+        prepare: "build" brings the artifacts up to date with the corpus; "verify" never builds and
+            names the command that does; "auto" verifies where root is read-only, else builds.
+        seq_len: tokens of a sequence, whole chunks.
+        mode: "document": one document a sequence, the end padded.
+        num_neighbors: neighbors of each chunk, at most `neighbors.num_stored`; 0 reads none.
+        eval_stride: tokens by which evaluation moves on, whole chunks; None: half of seq_len.
+        batch_size: sequences a rank and step in training.
+        eval_batch_size: the same in evaluation; None: as in training.
+        global_batch_size: sequences of all ranks a step in training, instead of `batch_size`: then
+            a run can be resumed on another number of ranks.
+        seed: of the order of samples.
+        num_workers: loader processes. 0 is fastest unless storage is slow.
+        pin_memory: None: when training on CUDA.
+        prepare_data_per_node: for roots that are not shared: each node prepares its own.
+
+    Raises:
+        RetroDataError: an unknown setting, or a value that cannot be.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        corpus: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer: Mapping[str, Any] | None = None,
+        chunk_size: int = 64,
+        chunks: Mapping[str, Any] | None = None,
+        splits: Mapping[str, Any] | None = None,
+        embedder: Mapping[str, Any] | None = None,
+        database: Mapping[str, Any] | None = None,
+        index: Mapping[str, Any] | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | None = None,
+        prepare: str = "auto",
+        seq_len: int = 1024,
+        mode: str = "document",
+        num_neighbors: int = 2,
+        eval_stride: int | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        prepare_data_per_node: bool = False,
+    ) -> None:
+        super().__init__()
+        self.prepare_data_per_node = prepare_data_per_node  # Lightning's own is set just above
+        self.root = _absolute(root)
+        self.corpus = _with_absolute_paths(_plain(corpus))
+        self._groups = {
+            "tokenizer": _plain(tokenizer),
+            "chunks": _plain(chunks),
+            "splits": _plain(splits),
+            "embedder": _plain(embedder),
+            "database": _plain(database),
+            "index": _plain(index),
+            "neighbors": _plain(neighbors),
+            "engine": _plain(engine),
+        }
+        self.save_hyperparameters(logger=False)
+        for name, value in self.hparams.items():  # plain values load with weights_only=True
+            self.hparams[name] = _plain(value)
+        for name, given in (("root", root), ("corpus", corpus)):
+            if self.hparams[name] == _plain(given):  # and not a subclass' argument of that name
+                self.hparams[name] = getattr(self, name)
+        if prepare not in PREPARE:
+            raise RetroDataError(f"prepare={prepare!r}; expected one of {', '.join(PREPARE)}.")
+        self.prepare = prepare
+        self.chunk_size = chunk_size
+        self.seq_len, self.mode = seq_len, mode
+        self.num_neighbors, self.eval_stride = num_neighbors, eval_stride
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._prepared: Prepared | None = None
+        self._datasets: dict[str, RetroDataset] = {}
+        self._failure: Exception | None = None
+        self._sampler: GlobalOrderSampler | None = None
+        self._loaded: dict[str, Any] | None = None
+        self.settings()
+
+    # ---- what the data is ------------------------------------------------------------------------
+
+    def settings(self) -> Settings:
+        """Settings of the pipeline; under a Trainer with its devices and no others."""
+        groups = dict(self._groups)
+        if self.trainer is not None:
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+            devices = list(self.trainer.device_ids) if on_gpu else []
+            groups["engine"] = {**(groups["engine"] or {}), "devices": devices}
+        return Settings.create(self.root, self.corpus, chunk_size=self.chunk_size, **groups)
+
+    @property
+    def prepared(self) -> Prepared:
+        """All artifacts that are read, opened when first asked for."""
+        if self._prepared is None:
+            self._prepared = pipeline.open_prepared(self.settings())
+        return self._prepared
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.prepared.tokenizer.vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        """Stands where there is no token; equal to vocab_size."""
+        return self.prepared.tokenizer.pad_id
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins documents, None if the tokenizer has none."""
+        return self.prepared.tokenizer.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The label after a document's last token, None if the tokenizer has none."""
+        return self.prepared.tokenizer.eos_id
+
+    @property
+    def bytes_per_token(self) -> np.ndarray[Any, Any] | None:
+        """(vocab_size,) int32 UTF-8 bytes of each id; None if they would not be exact."""
+        return self.prepared.tokenizer.bytes_per_token
+
+    def dataset(self, split: str) -> RetroDataset:
+        """The sequences of "train", or of "val" or "test" as evaluation reads them; may be empty."""
+        if split not in self._datasets:
+            self._datasets[split] = RetroDataset(
+                self.prepared.corpora,
+                split,
+                database=self.prepared.database,
+                seq_len=self.seq_len,
+                pad_id=self.pad_id,
+                eos_id=self.eos_id,
+                num_neighbors=self.num_neighbors,
+                eval_stride=None if split == "train" else self._eval_stride(),
+                mode=self.mode,
+            )
+        return self._datasets[split]
+
+    def _eval_stride(self) -> int:
+        half = self.seq_len // self.chunk_size // 2 * self.chunk_size
+        return self.eval_stride or max(half, self.chunk_size)
+
+    # ---- preparing -------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Build or verify the artifacts, as `prepare` says.
+
+        Raises:
+            RetroDataError: they cannot be built, or under "verify", are not there. In a Trainer of
+                several processes `setup` raises it instead, in all of them.
+        """
+        self._failure = None
+        try:
+            if self._may_build():
+                pipeline.prepare(self.settings())
+            else:
+                pipeline.check(self.settings())
+        except Exception as error:
+            if not self._is_distributed():
+                raise
+            self._failure = error
+
+    def _may_build(self) -> bool:
+        read_only = os.path.exists(self.root) and not os.access(self.root, os.W_OK)
+        return self.prepare == "build" or (self.prepare == "auto" and not read_only)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what was prepared. The corpus itself is not looked at."""
+        self._raise_failure()
+        if stage in (None, "fit"):  # each fit begins at the start, unless a checkpoint says where
+            self._sampler = self._loaded = None
+        self._prepared = None
+        self._datasets.clear()
+        log.debug("opened %s", self.prepared.key)
+
+    def _is_distributed(self) -> bool:
+        return self.trainer is not None and self.trainer.world_size > 1
+
+    def _raise_failure(self) -> None:
+        """Raise what prepare_data met, in every process: the others would wait for the one lost."""
+        if not self._is_distributed():
+            return
+        assert self.trainer is not None
+        own = "".join(traceback.format_exception(self._failure)) if self._failure else None
+        per_node = self.prepare_data_per_node
+        prepared_by = range(0, self.trainer.world_size, self.trainer.num_devices)
+        for rank in prepared_by if per_node else [0]:
+            failure = self.trainer.strategy.broadcast(own, src=rank)
+            if failure:
+                raise RetroDataError(
+                    f"prepare_data failed on rank {rank}:\n{failure}"
+                ) from self._failure
+
+    # ---- loaders ---------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches in a new order each epoch, from the resumed position on."""
+        dataset = self._required("train")
+        self._resume_saved_by_another_class()
+        size = self._global_batch_size()
+        if self._sampler is None or self._sampler.global_batch_size != size:
+            self._sampler = GlobalOrderSampler(dataset, size, **self._place(), seed=self.seed)
+            if self._loaded is not None:
+                self._sampler.load_state_dict(self._loaded)
+        loader = _TrainLoader(dataset, sampler=self._sampler, **self._loader_settings())
+        loader.before_first = self._check_position
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The split "val"; in a fit without such documents, no loader: it goes without validation."""
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and not len(self.dataset("val")):
+            return []
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The split "test"."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The split "test", in the order of the corpus; rows of padding have chunk_ids -1."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        dataset = self._required(split)
+        place = self._place()
+        rank_batch = self.eval_batch_size or self._global_batch_size() // place["num_replicas"]
+        sampler = EvaluationSampler(dataset, rank_batch * place["num_replicas"], **place)
+        return DataLoader(dataset, sampler=sampler, **self._loader_settings(sampler.batch_size))
+
+    def _required(self, split: str) -> RetroDataset:
+        dataset = self.dataset(split)
+        if not len(dataset):
+            documents = sum(len(c.split_of_document) for c in self.prepared.corpora)
+            raise RetroDataError(
+                f"none of the {documents} documents belongs to the split {split!r}. Raise "
+                f"splits.{split}, or add a corpus with split: {split}."
+            )
+        return dataset
+
+    def _place(self) -> dict[str, int]:
+        """How many processes share the samples, and which of them this is."""
+        if self.trainer is not None:
+            return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            return {"num_replicas": world, "rank": torch.distributed.get_rank()}
+        return {"num_replicas": 1, "rank": 0}
+
+    def _global_batch_size(self) -> int:
+        return self.global_batch_size or self.batch_size * self._place()["num_replicas"]
+
+    def _loader_settings(self, batch_size: int | None = None) -> dict[str, Any]:
+        pin = self.pin_memory
+        if pin is None:
+            trainer = self.trainer
+            pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return {
+            "batch_size": batch_size or self._global_batch_size() // self._place()["num_replicas"],
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "collate_fn": collate,
+            "pin_memory": pin,
+        }
+
+    # ---- resuming --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the order of samples, in plain values; {} before training."""
+        if self._sampler is None:
+            return {}
+        if self.trainer is None:
+            position = self._sampler.state_dict()
+        else:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            position = self._sampler.state_dict(done, self.trainer.num_training_batches)
+        return {
+            POSITION: 1,
+            **position,
+            "global_batch_size": self._sampler.global_batch_size,
+            "trainer_epoch": self._sampler.epoch,
+            **self._order(),
+        }
+
+    def _order(self) -> dict[str, Any]:
+        values = (self.prepared.key, self.seq_len, self.mode, self.seed)
+        return dict(zip(ORDER_FIELDS, values, strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a position; only for training, since evaluation may be of any checkpoint.
+
+        Raises:
+            RetroDataError: the order of samples is another one, or inside an epoch, the global
+                batch size is.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        own = self._order()
+        other = [name for name in ORDER_FIELDS if state_dict[name] != own[name]]
+        if other:
+            found = ", ".join(f"{name}={state_dict[name]}" for name in other)
+            expected = ", ".join(f"{name}={own[name]}" for name in other)
+            raise RetroDataError(
+                f"the checkpoint was saved while training on another order of samples: it has "
+                f"{found}; this DataModule has {expected}. Set what it has, or start a new run from "
+                "the checkpoint's weights alone."
+            )
+        saved, size = state_dict["global_batch_size"], self._global_batch_size()
+        if state_dict["samples"] and saved != size:
+            raise RetroDataError(
+                f"the checkpoint was saved inside an epoch with a global batch size of {saved}; "
+                f"this run's is {size}: samples would be dropped or repeated. Set "
+                f"global_batch_size={saved}, or resume from a checkpoint of an epoch's end."
+            )
+        self._loaded = state_dict
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state_dict)
+
+    def _resume_saved_by_another_class(self) -> None:
+        """Find the position in the checkpoint that is being resumed, where Lightning did not.
+
+        It files our state under the name of our class, so that a subclass, or the class a
+        subclass was derived from, is not given it.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != "fit" or not trainer.ckpt_path:
+            return
+        if self._loaded is not None:
+            return
+        checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
+        for value in checkpoint.values():
+            if isinstance(value, dict) and POSITION in value:
+                self.load_state_dict(value)
+
+    def _check_position(self, loader: DataLoader[Any]) -> None:
+        """Hold the position against the Trainer's own count, before the first batch of an epoch."""
+        trainer, sampler = self.trainer, self._sampler
+        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+            return
+        if sampler is None or loader.sampler is not sampler:
+            return
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        epoch, samples = sampler.next_position
+        closed = self._loaded is not None and sampler.epoch > self._loaded["trainer_epoch"]
+        if batches == 0 and samples and closed:  # the Trainer had left that epoch unfinished
+            sampler.load_state_dict({"epoch": epoch + 1, "samples": 0})
+        elif samples != batches * sampler.global_batch_size:
+            raise RetroDataError(
+                f"the data stands at {samples} global samples of its epoch, the Trainer at "
+                f"{batches} batches of global_batch_size={sampler.global_batch_size}, which is "
+                f"{batches * sampler.global_batch_size}. Resume with the DataModule and the "
+                "global_batch_size the checkpoint was saved with, or from an epoch's end."
+            )
+
+
+class _TrainLoader(DataLoader[Any]):
+    """A DataLoader that looks at its sampler at the first `next`, not already at `iter`.
+
+    Lightning makes the iterator before it has restored where it stands and told the sampler the
+    epoch; worker processes would read ahead from there.
+    """
+
+    before_first: Callable[[DataLoader[Any]], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.before_first is not None:
+            self.before_first(self)
+        counter = self.sampler if isinstance(self.sampler, GlobalOrderSampler) else None
+        for batch in super().__iter__():
+            if counter is not None:
+                counter.batches_read += 1
+            yield batch
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """The same value in lists, dicts, strings and numbers."""
+    if "omegaconf" in sys.modules:
+        from omegaconf import OmegaConf
+
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def _absolute(path: str) -> str:
+    """A path as seen from where the program was started, also when Hydra changed the folder."""
+    path = os.path.expanduser(path)
+    if "hydra" in sys.modules:
+        from hydra.utils import to_absolute_path
+
+        return to_absolute_path(path)
+    return os.path.abspath(path)
+
+
+def _with_absolute_paths(corpus: Any) -> Any:
+    if isinstance(corpus, list):
+        return [_with_absolute_paths(one) for one in corpus]
+    path = corpus.get("path")
+    if not isinstance(path, str) or "://" in path:
+        return corpus
+    absolute = _absolute(path)
+    if corpus.get("format") == "huggingface" and not os.path.exists(absolute):
+        return corpus  # the name of a dataset on the hub
+    return {**corpus, "path": absolute}

@@ -1,0 +1,551 @@
+"""From chunk stores to batches: sequences of a split, each chunk with its retrieved neighbors.
+
+    documents of a split ─► plan: which chunk rows make which sequence      (once, at construction)
+    indices ─► chunk rows (B, n/m) ─► tokens, labels, lengths               (one read an array)
+                                  └─► neighbor ids ─► neighbor + continuation (one read an array)
+
+The batch, with B sequences, n = seq_len, m = chunk_size, k = num_neighbors, r = 2 * chunk_size:
+
+    input_ids        (B, n) int64          tokens; pad_id beyond each chunk's real tokens
+    labels           (B, n) int64          the next token; -100 where there is none to score
+    chunk_lengths    (B, n/m) int64        real tokens of each chunk, 0 beyond the document
+    neighbor_tokens  (B, n/m, k, r) int64  a neighbor chunk and its continuation; else pad_id
+    neighbor_mask    (B, n/m, k, r) bool   True on real tokens
+    chunk_ids        (B, n/m) int64        row among the chunks of all corpora in order, -1 beyond
+    document_ids     (B, n/m) int64        row among the documents of all corpora, -1 beyond
+
+Stored arrays are memory maps, opened read-only; a batch is a few gathers in numpy, none of them
+an item at a time. Numpy rather than torch does them: they are too small to share among threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from retro_data.errors import RetroDataError
+from retro_data.splits import SPLITS
+from retro_data.store import ChunkStore, DatabaseStores
+
+if TYPE_CHECKING:
+    from retro_data.pipeline import PreparedCorpus
+
+Array = np.ndarray[Any, Any]
+Batch = dict[str, Tensor]
+
+NO_LABEL = -100
+MODES = ("document",)
+
+
+# ---- which chunks make which sequence ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Sequences as runs of consecutive chunk rows.
+
+    Attributes:
+        first: (S,) int64, row of each sequence's first chunk.
+        chunks: (S,) int32, number of its chunks, at least 1.
+        unscored: (S,) int32, leading chunks that are context only: their labels are scored by an
+            earlier sequence. None where every label is scored.
+    """
+
+    first: Array
+    chunks: Array
+    unscored: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
+        """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and for index -1."""
+        chunks = np.where(indices >= 0, self.chunks[indices], 0)
+        position = np.arange(chunks_per_sequence)
+        rows = self.first[indices][:, None] + position
+        rows[position >= chunks[:, None]] = -1
+        return rows
+
+
+def plan_documents(
+    first_chunk: Array, num_chunks: Array, chunks_per_sequence: int, stride: int | None = None
+) -> SequencePlan:
+    """Sequences of one document each; a document longer than a sequence makes several.
+
+    Without a stride, each chunk lies in exactly one sequence. With one, for evaluation, sequences
+    overlap: each ends `stride` chunks after the one before, or where the document ends, and is
+    as long as it can be, so that each label is scored exactly once, by the sequence that first
+    reaches it, with at least `chunks_per_sequence - stride` chunks of context after the first.
+
+    Args:
+        first_chunk: (D,) row of each document's first chunk.
+        num_chunks: (D,) chunks of each document; 0 makes no sequence.
+        chunks_per_sequence: at least 1.
+        stride: chunks, from 1 to chunks_per_sequence.
+    """
+    num_chunks = np.asarray(num_chunks, np.int64)
+    beyond = np.maximum(num_chunks - chunks_per_sequence, 0)
+    more = -(-beyond // (stride or chunks_per_sequence))
+    sequences = np.where(num_chunks > 0, 1 + more, 0)
+    document = np.repeat(np.arange(len(num_chunks)), sequences)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
+    if stride is None:
+        start = number * chunks_per_sequence
+        stop = np.minimum(start + chunks_per_sequence, num_chunks[document])
+        unscored = None
+    else:
+        reached = chunks_per_sequence + (number - 1) * stride  # by the sequence before
+        stop = np.minimum(reached + stride, num_chunks[document])
+        start = np.maximum(stop - chunks_per_sequence, 0)
+        unscored = np.where(number > 0, reached - start, 0).astype(np.int32)
+    first = np.asarray(first_chunk, np.int64)[document] + start
+    return SequencePlan(first, (stop - start).astype(np.int32), unscored)
+
+
+# ---- reading chunks ------------------------------------------------------------------------------
+
+
+class _ChunkReader:
+    """Reads chunks by global row, each with the start of the chunk that follows it in its store.
+
+    A chunk and the next one lie side by side, so both come by one read of a longer item, out of a
+    view whose items overlap. Opaque items (`V…`) are what numpy moves fastest.
+
+    Args:
+        stores: the stores, in the order of global rows.
+        follow: tokens to take of the chunk that follows.
+        pad_id: token of a chunk that is not there.
+    """
+
+    def __init__(self, stores: DatabaseStores, follow: int, pad_id: int) -> None:
+        self.first_rows = np.asarray(stores.first_rows, np.int64)
+        self.num_rows = len(stores)
+        self.stores = [_StoreReader(store, follow, pad_id) for store in stores.stores]
+        documents = [len(store.documents) for store in stores.stores]
+        self.first_documents = np.cumsum([0, *documents])
+
+    def __call__(self, rows: Array) -> tuple[Array, Array, Array]:
+        """What lies at rows (R,) int64; -1 stands for no chunk.
+
+        Returns:
+            tokens (R, chunk_size + follow), meaningless beyond the lengths, pad_id for no chunk;
+            lengths (R, 2) of the chunk and of the one that follows, 0 where that is of another
+            document; documents (R,), global, -1 for no chunk.
+        """
+        if len(self.stores) == 1:
+            return self.stores[0](rows)
+        store = _store_of(rows, self.first_rows)
+        parts = []
+        for s in np.unique(store):
+            chosen = np.flatnonzero(store == s)
+            local = np.maximum(rows[chosen] - self.first_rows[s], -1)
+            tokens, lengths, documents = self.stores[s](local)
+            documents = np.where(local < 0, -1, self.first_documents[s] + documents)
+            parts.append((chosen, tokens, lengths, documents))
+        back = np.argsort(np.concatenate([part[0] for part in parts]))
+        tokens, lengths, documents = (
+            np.concatenate([part[i] for part in parts])[back] for i in (1, 2, 3)
+        )
+        return tokens, lengths, documents
+
+
+class _StoreReader:
+    """`_ChunkReader` of one store."""
+
+    def __init__(self, store: ChunkStore, follow: int, pad_id: int) -> None:
+        self.store = store
+        self.last = len(store) - 1
+        self.tokens = _overlapping(store.tokens, store.chunk_size + follow)
+        self.lengths = _overlapping(store.lengths, 2)
+        self.documents = _overlapping(store.document_of_chunk, 2)
+        self.padding = _item(self.tokens, store.tokens.dtype, pad_id)
+        self.no_length = _item(self.lengths, store.lengths.dtype, 0)
+        self.no_document = _item(self.documents, store.document_of_chunk.dtype, -1)
+
+    def __call__(self, rows: Array) -> tuple[Array, Array, Array]:
+        absent = rows < 0
+        start = np.maximum(rows, 0)
+        ends_store = start.max(initial=0) >= self.last >= 0  # nothing follows the last row
+        if ends_store:
+            start = np.minimum(start, max(self.last - 1, 0))
+        tokens, lengths, documents = self.tokens[start], self.lengths[start], self.documents[start]
+        tokens[absent] = self.padding
+        lengths[absent] = self.no_length
+        documents[absent] = self.no_document
+        tokens = tokens.view(self.store.tokens.dtype).reshape(len(rows), -1)
+        lengths = lengths.view(self.store.lengths.dtype).reshape(-1, 2)
+        documents = documents.view(self.store.document_of_chunk.dtype).reshape(-1, 2)
+        lengths[:, 1] *= documents[:, 0] == documents[:, 1]
+        if ends_store:
+            last = np.flatnonzero(rows == self.last)
+            tokens[last, : self.store.chunk_size] = self.store.tokens[self.last]
+            lengths[last] = self.store.lengths[self.last], 0
+            documents[last, 0] = self.store.document_of_chunk[self.last]
+        return tokens, lengths, documents[:, 0]
+
+
+class _NeighborReader:
+    """Reads the first `num_neighbors` stored ids of chunks by global row.
+
+    Args:
+        ids: (N, K) of each store; None for one that is never asked.
+        first_rows: global row of the first chunk of each store.
+    """
+
+    def __init__(
+        self, ids: Sequence[Array | None], first_rows: Sequence[int], num_neighbors: int
+    ) -> None:
+        self.first_rows = np.asarray(first_rows, np.int64)
+        self.num_neighbors = num_neighbors
+        self.dtypes = [None if a is None else a.dtype for a in ids]
+        self.ids = [None if a is None else _overlapping(a, num_neighbors) for a in ids]
+        self.no_ids = [
+            None if items is None else _item(items, dtype, -1)
+            for items, dtype in zip(self.ids, self.dtypes, strict=True)
+        ]
+
+    def __call__(self, rows: Array) -> Array:
+        """Neighbor ids (R, num_neighbors) int64 of rows (R,) int64; -1 for row -1."""
+        if len(self.ids) == 1:
+            return self._read(0, rows).astype(np.int64)
+        found = np.empty((len(rows), self.num_neighbors), np.int64)
+        store = _store_of(rows, self.first_rows)
+        for s in np.unique(store):
+            chosen = np.flatnonzero(store == s)
+            found[chosen] = self._read(s, np.maximum(rows[chosen] - self.first_rows[s], -1))
+        return found
+
+    def _read(self, store: int, rows: Array) -> Array:
+        items = self.ids[store]
+        if items is None:  # only rows of padding are looked for here
+            return np.full((len(rows), self.num_neighbors), -1)
+        found = items[np.maximum(rows, 0)]
+        found[rows < 0] = self.no_ids[store]
+        return found.view(self.dtypes[store]).reshape(len(rows), -1)
+
+
+def _store_of(rows: Array, first_rows: Array) -> Array:
+    return np.maximum(np.searchsorted(first_rows, rows, side="right") - 1, 0)
+
+
+def _overlapping(array: Array, width: int) -> Array:
+    """`width` items from the start of each row on as one opaque item, for rows that have so many."""
+    array = np.asarray(array)  # an ndarray is read faster than the memory map it views
+    row_items = math.prod(array.shape[1:])
+    while array.size < width:  # a view needs an item, if only one that is never looked at
+        array = np.concatenate([array, np.zeros((1, *array.shape[1:]), array.dtype)])
+    rows = (array.size - width) // row_items + 1
+    size = array.dtype.itemsize
+    return np.ndarray((rows,), f"V{width * size}", array, strides=(row_items * size,))
+
+
+def _item(items: Array, dtype: np.dtype[Any], value: int) -> Any:
+    """An opaque item of `items` that holds `value` throughout."""
+    return np.full(items.dtype.itemsize // dtype.itemsize, value, dtype).view(items.dtype)[0]
+
+
+class _Readers:
+    """What a dataset reads from, opened anew in each process that reads."""
+
+    def __init__(self, dataset: RetroDataset) -> None:
+        size, pad_id = dataset.chunk_size, dataset.pad_id
+        self.chunks = _ChunkReader(dataset.chunks, 1, pad_id)
+        self.no_labels = np.full((1, size), NO_LABEL, np.int64).view(f"V{size * 8}")[0, 0]
+        if dataset.num_neighbors:
+            assert dataset.database is not None
+            self.database = _ChunkReader(dataset.database, size, pad_id)
+            real = np.arange(size) < np.arange(size + 1)[:, None]
+            self.masks = real.view(f"V{size}").ravel()  # of a chunk, by its length
+            self.neighbors = _NeighborReader(
+                dataset.neighbor_ids(), dataset.chunks.first_rows, dataset.num_neighbors
+            )
+
+
+# ---- the dataset ---------------------------------------------------------------------------------
+
+
+class RetroDataset(Dataset[Batch]):
+    """Sequences of one split with their neighbors, as finished batches.
+
+    Hand it to a DataLoader with `collate_fn=retro_data.dataset.collate`; the loader asks for whole
+    batches by `__getitems__`. Index -1 is a row of padding: pad_id, labels -100, masks False, ids -1.
+
+    Args:
+        corpora: as `pipeline.open_prepared` gives them.
+        split: "train", "val" or "test".
+        database: the stores that neighbor ids point into; None only with num_neighbors 0.
+        seq_len: tokens of a sequence, whole chunks.
+        pad_id: what stands beyond real tokens.
+        eos_id: label after a document's last token; None leaves it unscored.
+        num_neighbors: neighbors of each chunk, the nearest of those stored; 0 reads none.
+        eval_stride: tokens, whole chunks. None, for training: every token is in one sequence. Else,
+            for evaluation: sequences overlap and each label is scored once (`plan_documents`).
+        mode: "document": one document a sequence.
+
+    Raises:
+        RetroDataError: a setting does not fit the chunk size, the stored neighbors or the corpora.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[PreparedCorpus],
+        split: str,
+        *,
+        database: DatabaseStores | None,
+        seq_len: int,
+        pad_id: int,
+        eos_id: int | None = None,
+        num_neighbors: int = 2,
+        eval_stride: int | None = None,
+        mode: str = "document",
+    ) -> None:
+        self.split = split
+        self.chunks = _stacked(corpora)
+        self.neighbors = tuple(corpus.neighbors for corpus in corpora)
+        self.database = database
+        self.chunk_size = self.chunks.stores[0].chunk_size
+        self.seq_len = seq_len
+        self.pad_id, self.eos_id = pad_id, eos_id
+        self.num_neighbors = num_neighbors
+        self.chunks_per_sequence = _whole_chunks("seq_len", seq_len, self.chunk_size)
+        stride = None
+        if eval_stride is not None:
+            stride = _whole_chunks("eval_stride", eval_stride, self.chunk_size)
+            if stride > self.chunks_per_sequence:
+                raise RetroDataError(
+                    f"eval_stride={eval_stride} is longer than seq_len={seq_len}: labels between "
+                    "two sequences would be scored by neither. Make it at most seq_len."
+                )
+        if mode not in MODES:
+            raise RetroDataError(f"mode={mode!r} is not offered; there is {', '.join(MODES)}.")
+        self._documents = [_documents_of(corpus, split) for corpus in corpora]
+        self.plan = self._plan(stride)
+        self._check_neighbors()
+
+    def _plan(self, stride: int | None) -> SequencePlan:
+        first, count = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for store, row, documents in zip(
+            self.chunks.stores, self.chunks.first_rows, self._documents, strict=False
+        ):
+            starts = store.documents.first_chunk[documents]
+            first.append(row + starts)
+            count.append(store.documents.first_chunk[documents + 1] - starts)
+        return plan_documents(
+            np.concatenate(first), np.concatenate(count), self.chunks_per_sequence, stride
+        )
+
+    def _check_neighbors(self) -> None:
+        if self.num_neighbors == 0:
+            return
+        if self.database is None:
+            raise RetroDataError(
+                f"num_neighbors={self.num_neighbors}, but there is no retrieval database. Set "
+                "num_neighbors=0 to read none."
+            )
+        for store, ids in zip(self.chunks.stores, self.neighbor_ids(), strict=True):
+            if ids is not None and not 0 < self.num_neighbors <= ids.shape[1]:
+                raise RetroDataError(
+                    f"num_neighbors={self.num_neighbors}, but {ids.shape[1]} are stored for each "
+                    f"chunk of {store.name}. Ask for fewer, or raise neighbors.num_stored and run "
+                    "`retro-data prepare`."
+                )
+
+    def neighbor_ids(self) -> list[Array | None]:
+        """Stored candidates (N, K) of each corpus, None for one without documents in this split."""
+        found: list[Array | None] = []
+        for store, lists, documents in zip(
+            self.chunks.stores, self.neighbors, self._documents, strict=True
+        ):
+            if not len(documents):
+                found.append(None)
+            elif lists is None:
+                raise RetroDataError(
+                    f"num_neighbors={self.num_neighbors}, but {store.name} has no stored "
+                    "neighbors. Turn retrieval on and run `retro-data prepare`, or set "
+                    "num_neighbors=0."
+                )
+            else:
+                found.append(lists.ids)
+        return found
+
+    @cached_property
+    def _readers(self) -> _Readers:
+        return _Readers(self)
+
+    def __getstate__(self) -> dict[str, Any]:  # without the readers: views travel as whole copies
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sequence: the entries of a batch without their first axis."""
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The finished batch of these sequences, in order; see the module's table."""
+        numbers = np.asarray(indices, np.int64)
+        if numbers.min(initial=0) < -1:
+            raise IndexError(f"sequence {numbers.min()}: indices are -1 (padding) or from 0 on")
+        rows = self.plan.rows(numbers, self.chunks_per_sequence)
+        batch = self._empty_batch(len(rows))
+        self._fill_text(rows, batch)
+        if self.plan.unscored is not None:
+            context = np.arange(rows.shape[1]) < self.plan.unscored[numbers][:, None]
+            batch["labels"].reshape(*rows.shape, -1)[context] = NO_LABEL
+        if self.num_neighbors:
+            self._fill_neighbors(rows, batch)
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def _empty_batch(self, size: int) -> dict[str, Array]:
+        """The arrays of a batch, all in one block of memory."""
+        chunks, tokens = (size, self.chunks_per_sequence), (size, self.seq_len)
+        retrieved = (*chunks, self.num_neighbors, 2 * self.chunk_size)
+        layout: tuple[tuple[str, tuple[int, ...], type], ...] = (
+            ("input_ids", tokens, np.int64),
+            ("labels", tokens, np.int64),
+            ("chunk_lengths", chunks, np.int64),
+            ("neighbor_tokens", retrieved, np.int64),
+            ("chunk_ids", chunks, np.int64),
+            ("document_ids", chunks, np.int64),
+            ("neighbor_mask", retrieved, np.bool_),  # last: all others are aligned to 8 bytes
+        )
+        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in layout]
+        block = np.empty(sum(sizes), np.uint8)
+        starts = itertools.accumulate(sizes, initial=0)
+        return {
+            name: np.ndarray(shape, dtype, block, start)
+            for (name, shape, dtype), start in zip(layout, starts, strict=False)
+        }
+
+    def _fill_text(self, rows: Array, batch: dict[str, Array]) -> None:
+        size = self.chunk_size
+        flat = rows.ravel()
+        tokens, lengths, documents = self._readers.chunks(flat)
+        inputs = batch["input_ids"].reshape(-1, size)
+        labels = batch["labels"].reshape(-1, size)
+        inputs[...] = tokens[:, :size]
+        labels[...] = tokens[:, 1:]
+        absent = flat < 0
+        labels.view(self._readers.no_labels.dtype).ravel()[absent] = self._readers.no_labels
+        ends = np.flatnonzero((lengths[:, 1] == 0) & ~absent)
+        self._end_documents(inputs, labels, ends, lengths[ends, 0])
+        batch["chunk_lengths"][...] = lengths[:, 0].reshape(rows.shape)
+        batch["chunk_ids"][...] = rows
+        batch["document_ids"][...] = documents.reshape(rows.shape)
+
+    def _end_documents(self, inputs: Array, labels: Array, ends: Array, lengths: Array) -> None:
+        """Put padding, and the label that ends a document, into its last chunk: rows `ends`."""
+        row, position = np.nonzero(np.arange(self.chunk_size) >= lengths[:, None])
+        inputs[ends[row], position] = self.pad_id
+        labels[ends[row], position] = NO_LABEL
+        end = NO_LABEL if self.eos_id is None else self.eos_id
+        labels[ends, lengths.astype(np.int64) - 1] = end
+
+    def _fill_neighbors(self, rows: Array, batch: dict[str, Array]) -> None:
+        size = self.chunk_size
+        ids = self._readers.neighbors(rows.ravel()).ravel()
+        if ids.max(initial=-1) >= self._readers.database.num_rows:
+            raise RetroDataError(
+                f"stored neighbor {ids.max()} lies beyond the {self._readers.database.num_rows} "
+                "chunks of the database. `retro-data verify` lists damaged artifacts."
+            )
+        tokens, lengths, _ = self._readers.database(ids)
+        masks = self._readers.masks
+        mask = batch["neighbor_mask"].reshape(len(ids), -1)
+        mask.view(masks.dtype)[...] = masks.take(lengths)
+        cut = np.flatnonzero((lengths[:, 1] < size) & (ids >= 0))  # continuation short or missing
+        tokens[cut] = np.where(mask[cut], tokens[cut], tokens.dtype.type(self.pad_id))
+        batch["neighbor_tokens"].reshape(mask.shape)[...] = tokens
+
+
+def _stacked(corpora: Sequence[PreparedCorpus]) -> DatabaseStores:
+    stores = tuple(corpus.chunks for corpus in corpora)
+    if not stores or len({store.chunk_size for store in stores}) > 1:
+        raise RetroDataError(
+            f"found corpora {[(s.name, s.chunk_size) for s in stores]}; expected at least one, all "
+            "of one chunk_size. Run `retro-data prepare`."
+        )
+    return DatabaseStores(stores, tuple(np.cumsum([0] + [len(s) for s in stores]).tolist()))
+
+
+def _documents_of(corpus: PreparedCorpus, split: str) -> Array:
+    if split not in SPLITS:
+        raise RetroDataError(f"split={split!r}; expected one of {', '.join(SPLITS)}.")
+    return np.flatnonzero(corpus.split_of_document == SPLITS.index(split))
+
+
+def _whole_chunks(name: str, tokens: int, chunk_size: int) -> int:
+    if tokens < chunk_size or tokens % chunk_size:
+        raise RetroDataError(
+            f"{name}={tokens} is not a multiple of chunk_size={chunk_size}: sequences are made of "
+            f"whole chunks. Take {max(round(tokens / chunk_size), 1) * chunk_size}, or another "
+            "chunk_size."
+        )
+    return tokens // chunk_size
+
+
+# ---- between processes and to other models -------------------------------------------------------
+
+
+def collate(batch: Any) -> Any:
+    """A DataLoader's `collate_fn` for batches that are finished: hands them on.
+
+    Out of a worker process a batch travels as one message of narrow integers, since handing over
+    its tensors costs more than making them; what arrives is the same batch as without workers.
+    """
+    return batch if get_worker_info() is None else _Parcel(batch)
+
+
+class _Parcel:
+    """A batch that is pickled small and unpickled as the batch."""
+
+    def __init__(self, batch: Mapping[str, Tensor]) -> None:
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = {name: value.numpy() for name, value in self.batch.items()}
+        dtypes = {name: array.dtype for name, array in arrays.items()}
+        return _unpack, ({name: _narrow(array) for name, array in arrays.items()}, dtypes)
+
+
+def _narrow(array: Array) -> Array:
+    """The same numbers in fewer bytes, where they are integers that fit."""
+    if array.dtype == np.int64 and array.size:
+        low, high = array.min(), array.max()
+        for dtype in (np.uint16, np.int32):
+            if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+                return array.astype(dtype)
+    return array
+
+
+def _unpack(arrays: dict[str, Array], dtypes: dict[str, np.dtype[Any]]) -> Batch:
+    return {
+        name: torch.from_numpy(array.astype(dtypes[name], copy=False))
+        for name, array in arrays.items()
+    }
+
+
+def to_retro_pytorch(batch: Mapping[str, Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """A training batch as `RETRO` of the package retro-pytorch takes it, with `return_loss=True`.
+
+    That model shifts the labels itself, and takes one id for everything it masks: labels in the
+    loss, tokens of neighbors in attention. Give it `pad_id=pad_id` and `num_tokens=pad_id + 1`.
+    Batches for evaluation lose their context this way: labels to be left out cannot be said.
+
+    Returns:
+        sequence (B, n + 1) int64: inputs, each row ended by its last label, padded by pad_id; and
+        retrieved (B, n/m, k, r) int64.
+    """
+    inputs, labels = batch["input_ids"], batch["labels"]
+    following = torch.where(labels == NO_LABEL, pad_id, labels)
+    return torch.cat([inputs[:, :1], following], 1), batch["neighbor_tokens"]

@@ -1,0 +1,231 @@
+"""Blocks made by children of this process: one a GPU, or one or more CPU workers.
+
+A child is started anew by `python -m retro_data.engines.worker`, never forked (CUDA does not survive
+a fork), with one visible device and without the variables by which torch.distributed, torchrun or
+Slurm would take it for a rank. Parent and child speak over a socket pair: the stage once, then one
+block and one receipt at a time. The first failure, or a child that dies, ends the run with its cause.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from retro_data.artifact import free
+from retro_data.engines.inline import InlineEngine
+from retro_data.errors import RetroDataError
+from retro_data.stage import Block, Receipt, Stage
+
+RANK_VARIABLES = (
+    "MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK NODE_RANK GROUP_RANK ROLE_RANK "
+    "LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME PL_GLOBAL_SEED"
+).split()
+RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "PMI_", "OMPI_")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Where the work runs. Nothing here changes a byte of any artifact on the same device kind.
+
+    Attributes:
+        devices: GPUs to use, as their indices among the visible ones; None means all, [] none.
+        workers: CPU workers a stage; 0 lets each stage choose by the cores there are.
+    """
+
+    devices: tuple[int, ...] | None = free(None)
+    workers: int = free(0)
+
+
+class StageFailed(RetroDataError):
+    """A block failed, or a worker died."""
+
+
+class LocalEngine:
+    """Runs blocks in child processes, one a device.
+
+    Args:
+        settings: devices and number of CPU workers.
+    """
+
+    def __init__(self, settings: EngineSettings | None = None) -> None:
+        self.settings = settings or EngineSettings()
+
+    def run(self, stage: Stage, folder: Path, missing: Sequence[Block]) -> Iterator[Receipt]:
+        if stage.resources.light:
+            yield from InlineEngine().run(stage, folder, missing)
+            return
+        places = self._places(stage, len(missing))
+        children: dict[Connection, _Child] = {}
+        pending = list(reversed(missing))
+        try:
+            for device, variables in places:
+                child = _Child(stage, folder, device, variables)
+                children[child.connection] = child
+            running = dict(children)
+            while running:
+                for connection in wait(list(running)):
+                    child = children[connection]  # type: ignore[index]
+                    receipt = child.receive(stage.name)
+                    if receipt is not None:
+                        yield receipt
+                    if pending:
+                        child.give(pending.pop())
+                    else:
+                        child.dismiss()
+                        del running[child.connection]
+            for child in children.values():
+                child.process.wait()
+        finally:
+            for child in children.values():
+                child.stop()
+
+    def _places(self, stage: Stage, blocks: int) -> list[tuple[str, dict[str, str]]]:
+        """(device, environment) of each worker to start."""
+        devices = visible_devices(self.settings.devices) if stage.resources.gpu else []
+        if devices:
+            return [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]
+        cores = available_cores()
+        threads = stage.resources.threads or cores
+        workers = self.settings.workers or max(1, cores // threads)
+        workers = min(workers, blocks)
+        threads = max(1, cores // workers)
+        count = str(threads)
+        variables = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "RAYON_NUM_THREADS": count,
+            "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+        }
+        return [("cpu", variables)] * workers
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_devices(chosen: Sequence[int] | None) -> list[str]:
+    """Names of the GPUs to use, as CUDA_VISIBLE_DEVICES takes them.
+
+    Args:
+        chosen: indices among the visible GPUs; None means all of them.
+    """
+    if chosen is not None and not chosen:
+        return []
+    import torch
+
+    found = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    tokens = [t.strip() for t in names.split(",") if t.strip()] if names else []
+    tokens = tokens[:found] if tokens else [str(i) for i in range(found)]
+    if chosen is None:
+        return tokens
+    missing = [i for i in chosen if i >= len(tokens)]
+    if missing:
+        raise RetroDataError(
+            f"engine.devices names GPU {missing}, found {len(tokens)} visible. "
+            "Set engine.devices to indices of visible GPUs, or null for all."
+        )
+    return [tokens[i] for i in chosen]
+
+
+class _Child:
+    def __init__(
+        self, stage: Stage, folder: Path, device: str, variables: dict[str, str]
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        lifeline_read, self.lifeline = os.pipe()  # closes when this process dies, however it dies
+        descriptors = (theirs.fileno(), lifeline_read)
+        command = [sys.executable, "-m", "retro_data.engines.worker", *map(str, descriptors)]
+        with theirs:
+            self.process = subprocess.Popen(
+                command,
+                env=child_environment(variables),
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+            )
+        os.close(lifeline_read)
+        self.connection = Connection(ours.detach())
+        self.block: Block | None = None
+        self.connection.send((stage, folder, device))
+
+    def give(self, block: Block) -> None:
+        self.block = block
+        try:
+            self.connection.send(block)
+        except BrokenPipeError:
+            pass  # `receive` meets the end of the stream next, and says why
+
+    def receive(self, stage: str) -> Receipt | None:
+        """The next message; None when the child is ready for its first block."""
+        try:
+            kind, content = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise StageFailed(self._obituary(stage)) from None
+        if kind == "failed":
+            reason, trace = content
+            raise StageFailed(
+                f"{stage}: {self._work()} failed: {reason}\n"
+                f"Finished blocks are kept; the next `retro-data prepare` goes on from them.\n{trace}"
+            )
+        return content  # type: ignore[no-any-return]
+
+    def _work(self) -> str:
+        return f"block {self.block.index}" if self.block is not None else "opening a worker"
+
+    def _obituary(self, stage: str) -> str:
+        code = self.process.wait()
+        if code < 0:
+            cause = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                cause += " (often the kernel, for want of memory)"
+        else:
+            cause = f"ended with exit code {code}"
+        return (
+            f"{stage}: the worker process {self.process.pid} {cause} during {self._work()}. "
+            "Finished blocks are kept; the next `retro-data prepare` goes on from them."
+        )
+
+    def dismiss(self) -> None:
+        try:
+            self.connection.send(None)
+        except BrokenPipeError:
+            return
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+            self.lifeline = -1
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
+
+
+def child_environment(variables: dict[str, str]) -> dict[str, str]:
+    """This environment without what would make a child take itself for a distributed rank."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**kept, "PYTHONPATH": path, **variables}

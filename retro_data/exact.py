@@ -1,0 +1,558 @@
+"""Exact k-nearest-neighbor search with the query's own document left out before selection.
+
+    queries ──► panel (resident) ─┐
+                                  ├─► scores of one tile ─► candidates ─► exact distances ─► sorted
+    database ─► tile by tile ─────┘    fp32 product          per query     float64
+
+A *panel* is as many queries as memory allows; the database streams past it once, one *tile* of
+admitted rows at a time. Scores ``s = q·x - |x|²/2`` (for the inner product ``s = q·x``) order rows
+as the distance does and cost one product.
+
+Two steps make this run at the rate of the product. A tile's columns are reduced to the maxima of
+groups of columns, and only groups whose maximum reaches the query's threshold are opened: the k
+best columns lie in the k groups with the largest maxima, so nothing is missed (the grouping of
+approximate top-k on accelerators, Chern et al. 2022, "TPU-KNN", here without its approximation).
+And the threshold rises from tile to tile, so that later tiles open almost nothing.
+
+Why the result is exact. A float32 score differs from the true one by at most a bound E (see
+`_Panel.error`). If k rows have scores of at least t, a row below ``t - 2E`` is farther than all of
+them and is dropped; every other row stays a candidate. Where near-ties exceed the room for
+candidates, those of that query are decided by exact distance at once. What remains is ranked by
+``(distance, id)``, the distance being summed in float64 in an order that depends on nothing but
+``d``, then rounded to float32. So tiles, threads, memory and the block of queries change no bit of
+the result, and lists of row ranges merge by ``(distance, id)`` into the list of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from retro_data.errors import RetroDataError
+
+Metric = Literal["l2", "ip"]
+
+DEFAULT_MEMORY_BYTES = 1 << 30
+
+_GROUP = 16  # columns a maximum stands for: 32 opens more, 8 reduces slower
+_MAX_SQUARED_NORM = 2.0**120  # keeps every score and distance below the largest float32 (2**128)
+_LOWEST = -(2.0**125)  # below every score, and finite so that margins can be subtracted
+_UNIT = 2.0**-24  # unit roundoff of float32
+_DTYPES = ("float16", "float32")
+
+
+class Neighbors(NamedTuple):
+    """The k nearest rows of each query, nearest first.
+
+    ids: (Q, k) int64 database rows; -1 where there is no further neighbor, at the end of a row.
+    distances: (Q, k) float32; squared L2 (+inf beside -1), or the inner product (-inf beside -1).
+    """
+
+    ids: np.ndarray
+    distances: np.ndarray
+
+
+class Vectors:
+    """A matrix kept as row blocks (arrays or memory maps); row i is row i of the concatenation.
+
+    blocks: (rows, d) arrays, all float16 or all float32, in order; blocks without rows are fine.
+    Raises RetroDataError for no block at all, or blocks that differ in width or dtype.
+    """
+
+    def __init__(self, blocks: Sequence[np.ndarray]) -> None:
+        kinds = {(block.dtype.name, block.shape[1:]) for block in blocks}
+        if len(kinds) != 1 or blocks[0].ndim != 2 or blocks[0].dtype.name not in _DTYPES:
+            found = ", ".join(f"{name} {('rows', *shape)}" for name, shape in sorted(kinds))
+            raise RetroDataError(
+                f"vectors need at least one block, all (rows, d) of one width d and one dtype, "
+                f"float16 or float32; found {found or 'no block'}. Give the blocks of one encoder."
+            )
+        self._blocks = list(blocks)
+        self._starts = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, d)."""
+        return int(self._starts[-1]), int(self._blocks[0].shape[1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float16 or float32."""
+        return self._blocks[0].dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), 0 <= start <= stop <= N: a view where one block holds them."""
+        block = int(np.searchsorted(self._starts[1:-1], start, side="right"))
+        begin = int(self._starts[block])
+        if stop <= self._starts[block + 1]:
+            return self._blocks[block][start - begin : stop - begin]
+        return self.take(np.arange(start, stop))
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """A copy of the rows `ids`, (n,) int64 ascending; visits only blocks that hold some.
+
+        Raises IndexError for an id below 0 or beyond the last row.
+        """
+        if len(ids) and (ids[0] < 0 or ids[-1] >= self._starts[-1]):
+            raise IndexError(f"rows {ids[0]} to {ids[-1]} of {self._starts[-1]}")
+        out = np.empty((len(ids), self.shape[1]), self.dtype)
+        cuts = np.searchsorted(ids, self._starts)
+        for block in np.flatnonzero(np.diff(cuts)):
+            part = slice(cuts[block], cuts[block + 1])
+            out[part] = np.take(self._blocks[block], ids[part] - self._starts[block], axis=0)
+        return out
+
+
+def nearest(
+    queries: np.ndarray | Vectors,
+    database: Vectors,
+    k: int,
+    *,
+    metric: Metric,
+    excluded: np.ndarray | None,
+    admitted: np.ndarray | None = None,
+    device: str = "cpu",
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Neighbors:
+    """The k nearest admitted database rows of each query, outside its own document.
+
+    queries: (Q, d) float16 or float32.
+    database: (N, d); rows are read in order, once per panel of queries, and only if admitted.
+    metric: "l2", squared L2 distance, smallest first; "ip", inner product, largest first.
+    excluded: (Q, 2) int64, rows [lo, hi) of each query's own document (lo == hi: none there);
+        None excludes nothing.
+    admitted: which rows may be neighbors: (N,) bool, or (M, 2) int64 ascending disjoint ranges
+        [lo, hi); None admits all.
+    memory_bytes: goal for working memory, whatever N is; the least possible is a few MB.
+
+    Ties of the stored float32 distance go to the lower id. At least k other admitted rows fill all
+    k places. A database row of zeros stands for a chunk without embedder tokens and is never a
+    neighbor; a query of zeros has none.
+
+    Raises RetroDataError for a row, named, that is not finite or too long to compare in float32,
+    and for arguments that do not fit each other.
+    """
+    if not isinstance(queries, Vectors):
+        queries = Vectors([queries])
+    excluded = _check(queries, database, k, metric, excluded, admitted)
+    if torch.device(device).type != "cpu":
+        raise RetroDataError(f"exact search runs on device 'cpu', asked for {device!r}")
+    sizes = _sizes(*queries.shape, k, memory_bytes)
+    ids = np.empty((queries.shape[0], k), np.int64)
+    distances = np.empty((queries.shape[0], k), np.float32)
+    buffer = torch.empty(sizes.rows * sizes.columns)
+    with torch.inference_mode(), _full_float32_products():
+        for start in range(0, queries.shape[0], sizes.panel):
+            part = slice(start, min(start + sizes.panel, queries.shape[0]))
+            panel = _Panel(queries, part, database, excluded, k, metric, sizes)
+            for tile in _tiles(database, admitted, metric, sizes.columns):
+                panel.add(tile, buffer)
+            ids[part], distances[part] = panel.result()
+    return Neighbors(ids, distances)
+
+
+def rank(
+    queries: np.ndarray, database: Vectors, ids: np.ndarray, *, metric: Metric
+) -> Neighbors:
+    """Candidates of each query in the order of their exact distances, as `nearest` has them.
+
+    queries: (Q, d) float16 or float32.
+    ids: (Q, w) int64 rows of the database, -1 for none; no row twice.
+
+    Returns ids and distances (Q, w), nearest first, ties to the lower id, -1 at the end.
+    """
+    order, keys = _order_by_distance(
+        torch.from_numpy(np.array(queries)).float(),
+        database,
+        torch.from_numpy(ids),
+        torch.from_numpy(ids >= 0),
+        metric,
+        pairs=2048,
+    )
+    return Neighbors(
+        np.take_along_axis(ids, order.numpy(), 1), (keys if metric == "l2" else -keys).numpy()
+    )
+
+
+def recall(ids: np.ndarray, truth: np.ndarray) -> float:
+    """recall@k: the share of the true neighbors that were found, in any order.
+
+    ids: (Q, k) and truth: (Q, k'), int64 rows of the database; -1 is no neighbor in either.
+    1.0 where `truth` holds none. Raises RetroDataError for another number of queries.
+    """
+    if len(ids) != len(truth):
+        raise RetroDataError(f"recall of {len(ids)} queries against truth for {len(truth)}")
+    true_row, true_column = np.nonzero(truth >= 0)
+    if not len(true_row):
+        return 1.0
+    found_row, found_column = np.nonzero(ids >= 0)
+    span = int(max(ids.max(initial=0), truth.max(initial=0))) + 1
+    return float(
+        np.isin(
+            true_row * span + truth[true_row, true_column],
+            found_row * span + ids[found_row, found_column],
+        ).mean()
+    )
+
+
+# --- tiles of the database -----------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """n admitted database rows, padded to whole groups with columns that score -inf."""
+
+    ids: torch.Tensor  # (n,) int64, ascending
+    vectors: torch.Tensor  # (width, d) float32
+    bias: torch.Tensor  # (width,) float32: -|x|²/2 for l2, 0 for ip, -inf for padding
+    reach: float  # the largest norm among the rows
+
+
+def _tiles(
+    database: Vectors, admitted: np.ndarray | None, metric: Metric, columns: int
+) -> Iterator[_Tile]:
+    for ids in _admitted_rows(database.shape[0], admitted, columns):
+        contiguous = ids[-1] - ids[0] == len(ids) - 1
+        rows = database.rows(ids[0], ids[-1] + 1) if contiguous else database.take(ids)
+        vectors, squared = _widen(rows, ids, "database")
+        real = _is_nonzero(vectors, squared)
+        if not real.all():
+            ids, vectors, squared = ids[real.numpy()], vectors[real], squared[real]
+        if len(ids):
+            padding = -len(ids) % _GROUP
+            bias = -0.5 * squared if metric == "l2" else torch.zeros_like(squared)
+            yield _Tile(
+                torch.from_numpy(ids),
+                torch.nn.functional.pad(vectors, (0, 0, 0, padding)) if padding else vectors,
+                torch.nn.functional.pad(bias, (0, padding), value=-torch.inf),
+                float(squared.max().sqrt()),
+            )
+
+
+def _admitted_rows(total: int, admitted: np.ndarray | None, columns: int) -> Iterator[np.ndarray]:
+    """Admitted rows in ascending order, `columns` at a time, so that no tile is thin."""
+    pending = np.empty(0, np.int64)
+    for start in range(0, total, columns):
+        stop = min(start + columns, total)
+        if admitted is None:
+            inside = np.arange(start, stop)
+        elif admitted.ndim == 1:
+            inside = start + np.flatnonzero(admitted[start:stop])
+        else:
+            first = np.searchsorted(admitted[:, 1], start, side="right")
+            last = np.searchsorted(admitted[:, 0], stop, side="left")
+            steps = np.zeros(stop - start + 1, np.int64)
+            np.add.at(steps, np.maximum(admitted[first:last, 0], start) - start, 1)
+            np.add.at(steps, np.minimum(admitted[first:last, 1], stop) - start, -1)
+            inside = start + np.flatnonzero(np.cumsum(steps[:-1]))
+        pending = np.concatenate([pending, inside])
+        if len(pending) >= columns:
+            yield pending[:columns]
+            pending = pending[columns:]
+    if len(pending):
+        yield pending
+
+
+def _widen(rows: np.ndarray, ids: np.ndarray, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, d) float32 rows and their (n,) squared norms; refuses rows no distance can be had of."""
+    vectors = torch.from_numpy(np.array(rows)).float()
+    squared = vectors.square().sum(1)
+    bad = ~(squared <= _MAX_SQUARED_NORM)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RetroDataError(
+            f"{name} row {ids[row]} has a squared norm of {float(squared[row]):g}; expected finite "
+            f"embeddings with squared norms of at most {_MAX_SQUARED_NORM:g}. Embed this chunk "
+            f"again, in fp32 if its values overflow the encoder's precision."
+        )
+    return vectors, squared
+
+
+def _is_nonzero(vectors: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
+    """(n,) bool: rows that are not all zeros; tiny rows, whose square underflows, are not."""
+    real = squared > 0
+    small = (~real).nonzero().squeeze(1)
+    real[small] = vectors[small].any(1)
+    return real
+
+
+# --- a panel of queries --------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """How the work is cut; changes speed and memory, never the result."""
+
+    panel: int  # queries that stay in memory while the database passes
+    rows: int  # queries whose scores are computed at once
+    columns: int  # database rows in a tile
+    candidates: int  # room for each query
+    arrivals: int  # candidates that join a query's list at once
+    pairs: int  # distances computed at once
+
+
+def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int) -> _Sizes:
+    def share(part: float, row_bytes: int, least: int, most: int) -> int:
+        return min(max(int(memory_bytes * part) // row_bytes, least), most)
+
+    candidates = k + max(16, k // 2)
+    # Float16 rows, their float32 copy and its square exist together for a moment: 10 bytes a value.
+    columns = share(1 / 4, 10 * dim, 64, max(4096, 32 * k)) // _GROUP * _GROUP
+    return _Sizes(
+        panel=share(1 / 2, 10 * dim + 12 * candidates + 64, 16, max(num_queries, 16)),
+        rows=share(1 / 16, 5 * columns, 16, 2048),
+        columns=columns,
+        candidates=candidates,
+        arrivals=max(64, 2 * k),
+        pairs=share(1 / 16, 24 * dim, 64, 512),
+    )
+
+
+class _Panel:
+    """Queries held in memory with the candidates found for each of them so far.
+
+    `kth[q]` never exceeds the scores of k rows already seen, so a row that scores less than
+    `kth[q] - margin[q]` is farther than k others and is no candidate.
+    """
+
+    def __init__(
+        self,
+        queries: Vectors,
+        part: slice,
+        database: Vectors,
+        excluded: np.ndarray,
+        k: int,
+        metric: Metric,
+        sizes: _Sizes,
+    ) -> None:
+        ids = np.arange(part.start, part.stop)
+        self.queries, squared = _widen(queries.rows(part.start, part.stop), ids, "query")
+        self.norms = squared.sqrt()
+        self.is_real = _is_nonzero(self.queries, squared)
+        self.database, self.excluded = database, excluded[part]
+        self.k, self.metric, self.sizes = k, metric, sizes
+        self.reach = 0.0  # the largest norm among the database rows seen
+        self.kth = torch.full((len(ids),), _LOWEST)
+        self.scores = torch.full((len(ids), sizes.candidates), -torch.inf)
+        self.ids = torch.full((len(ids), sizes.candidates), -1, dtype=torch.int64)
+
+    def add(self, tile: _Tile, buffer: torch.Tensor) -> None:
+        """Scores every query against a tile and keeps what may be among the k nearest."""
+        self.reach = max(self.reach, tile.reach)
+        width = len(tile.bias)
+        for start in range(0, len(self.kth), self.sizes.rows):
+            rows = slice(start, min(start + self.sizes.rows, len(self.kth)))
+            scores = buffer[: (rows.stop - start) * width].view(-1, width)
+            torch.addmm(tile.bias, self.queries[rows], tile.vectors.T, out=scores)
+            self._hide_own(scores, rows, tile.ids)
+            # Strided groups: maxima over contiguous memory, six times as fast as adjacent columns.
+            self._open(scores.view(len(scores), _GROUP, width // _GROUP), rows, tile.ids)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest rows of each query and their distances, as in `Neighbors`."""
+        worst = np.float32(np.inf)
+        all_ids, all_keys = [], []
+        for rows in torch.arange(len(self.kth)).split(self.sizes.rows):
+            valid = self.scores[rows] >= (self.kth[rows] - self._margin(rows))[:, None]
+            order, keys = self._rank(rows, self.ids[rows], valid & self.is_real[rows, None])
+            found = keys[:, : self.k] < worst
+            all_ids.append(np.where(found, self.ids[rows].gather(1, order)[:, : self.k], -1))
+            all_keys.append(keys[:, : self.k].numpy())
+        keys = np.concatenate(all_keys)
+        return np.concatenate(all_ids), keys if self.metric == "l2" else -keys
+
+    def _margin(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """2E for these queries: rows whose scores differ by more are ordered by them.
+
+        Whatever the order of summation (Higham 2002, section 3.1), a product of d terms and the
+        bias errs by (d + 1) u (|q||x| + |x|²/2), the bias itself by d u |x|²/2, and rounding the
+        distance to float32 adds u (|q| + |x|)²/2. The rest of `factor` takes up terms in u², the
+        last term products that underflow.
+        """
+        dim = self.queries.shape[1]
+        norms, factor = self.norms[rows], 1.01 * (dim + 10)
+        if self.metric == "l2":
+            error = factor * self.reach * (norms + self.reach) + norms.square()
+        else:
+            error = factor * self.reach * norms
+        return 2 * (_UNIT * error + dim * 2.0**-124)
+
+    def _hide_own(self, scores: torch.Tensor, rows: slice, tile_ids: torch.Tensor) -> None:
+        """Scores of each query's own document become -inf."""
+        low, high = np.searchsorted(tile_ids.numpy(), self.excluded[rows]).T
+        touched = np.flatnonzero(low < high)
+        if not len(touched):
+            return
+        part = slice(touched[0], touched[-1] + 1)
+        columns = torch.arange(low[touched].min(), high[touched].max())
+        own = columns >= torch.from_numpy(low[part])[:, None]
+        own &= columns < torch.from_numpy(high[part])[:, None]
+        scores[part, columns[0] : columns[-1] + 1].masked_fill_(own, -torch.inf)
+
+    def _open(self, scores: torch.Tensor, rows: slice, tile_ids: torch.Tensor) -> None:
+        """Finds the columns of (rows, group size, groups) scores that reach their threshold."""
+        maxima = scores.amax(1)
+        margin, kth = self._margin(rows), self.kth[rows]
+        opened = maxima >= (kth - margin)[:, None]
+        crowded = (opened.sum(1) > self.k).nonzero().squeeze(1)
+        if len(crowded):
+            # k groups hold k columns of at least the k-th maximum: seeds and lifts the threshold.
+            kth[crowded] = maxima[crowded].topk(self.k).values[:, -1]
+            opened = maxima >= (kth - margin)[:, None]
+        floor = kth - margin
+        limit = max(scores.numel() // 8, scores[0].numel())
+        step = len(scores) if opened.sum() * _GROUP <= limit else limit // scores[0].numel()
+        for first in range(0, len(scores), step):
+            row, group = opened[first : first + step].nonzero(as_tuple=True)
+            row += first
+            values = scores[row, :, group]
+            hit, member = (values >= floor[row, None]).nonzero(as_tuple=True)
+            ids = tile_ids[member * scores.shape[2] + group[hit]]
+            self._join(rows.start + row[hit], ids, values[hit, member])
+
+    def _join(self, rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Candidates, ordered by query, join the lists of their queries."""
+        room = self.sizes.candidates
+        while len(rows):
+            queries, slot, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+            rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[slot]
+            now = rank < self.sizes.arrivals
+            width = room + min(int(counts.max()), self.sizes.arrivals)
+            list_scores = torch.full((len(queries), width), -torch.inf)
+            list_ids = torch.full((len(queries), width), -1, dtype=torch.int64)
+            list_scores[:, :room], list_ids[:, :room] = self.scores[queries], self.ids[queries]
+            list_scores[slot[now], room + rank[now]] = scores[now]
+            list_ids[slot[now], room + rank[now]] = ids[now]
+
+            best = list_scores.topk(room + 1)
+            self.scores[queries] = best.values[:, :room]
+            self.ids[queries] = list_ids.gather(1, best.indices[:, :room])
+            self.kth[queries] = torch.maximum(self.kth[queries], best.values[:, self.k - 1])
+            floor = self.kth[queries] - self._margin(queries)
+            full = (best.values[:, room] >= floor).nonzero().squeeze(1)
+            if len(full):
+                self._settle(queries[full], list_ids[full], list_scores[full])
+
+            later = ~now
+            later &= scores >= (self.kth[queries] - self._margin(queries))[slot]
+            rows, ids, scores = rows[later], ids[later], scores[later]
+
+    def _settle(self, rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Near-ties beyond the room for candidates: of these, the k nearest by exact distance."""
+        order, _ = self._rank(rows, ids, scores >= (self.kth[rows] - self._margin(rows))[:, None])
+        order = order[:, : self.k]
+        self.scores[rows] = -torch.inf
+        self.scores[rows, : self.k] = scores.gather(1, order)
+        self.ids[rows, : self.k] = ids.gather(1, order)
+        self.kth[rows] = torch.maximum(self.kth[rows], self.scores[rows, : self.k].amin(1))
+
+    def _rank(
+        self, rows: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        queries = self.queries[rows]
+        return _order_by_distance(
+            queries, self.database, ids, valid, self.metric, pairs=self.sizes.pairs
+        )
+
+
+def _order_by_distance(
+    queries: torch.Tensor,
+    database: Vectors,
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+    metric: Metric,
+    *,
+    pairs: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order by (distance, id) of (n, w) candidates, the invalid last, and the sorted keys.
+
+    Keys are squared distances or negated products, +inf for invalid candidates.
+    """
+    keys = torch.full(ids.shape, torch.inf)
+    row, column = valid.nonzero(as_tuple=True)
+    pair_ids = ids[row, column]
+    for pair in pair_ids.argsort().split(pairs):  # reads the database in order
+        terms = torch.from_numpy(database.take(pair_ids[pair].numpy())).double()
+        query = queries[row[pair]].double()
+        terms = terms.sub_(query).square_() if metric == "l2" else terms.mul_(query).neg_()
+        keys[row[pair], column[pair]] = _fixed_sum(terms).float()
+    order = torch.from_numpy(np.lexsort((ids.numpy(), keys.numpy())))
+    return order, keys.gather(1, order)
+
+
+def _fixed_sum(terms: torch.Tensor) -> torch.Tensor:
+    """(n,) sums of (n, d) terms, which it overwrites; equal rows have equal sums, bit for bit.
+
+    Folding halves by additions of elements fixes the order, which a library's sum may change with
+    shapes and threads.
+    """
+    while terms.shape[1] > 1:
+        half = (terms.shape[1] + 1) // 2
+        terms[:, : terms.shape[1] - half] += terms[:, half:]
+        terms = terms[:, :half]
+    return terms[:, 0]
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _check(
+    queries: Vectors,
+    database: Vectors,
+    k: int,
+    metric: str,
+    excluded: np.ndarray | None,
+    admitted: np.ndarray | None,
+) -> np.ndarray:
+    """Refuses arguments that do not fit; returns `excluded`, made empty ranges if None."""
+    total, dim = database.shape
+    if queries.shape[1] != dim:
+        raise RetroDataError(
+            f"queries have {queries.shape[1]} columns, the database {dim}: embed both by one encoder"
+        )
+    if k < 1:
+        raise RetroDataError(f"k is {k}; a search needs k of at least 1")
+    if metric not in ("l2", "ip"):
+        raise RetroDataError(f"metric is {metric!r}; expected 'l2' or 'ip'")
+    if excluded is None:
+        excluded = np.zeros((queries.shape[0], 2), np.int64)
+    _check_ranges("excluded", excluded, total)
+    if len(excluded) != queries.shape[0]:
+        raise RetroDataError(f"excluded has {len(excluded)} ranges for {queries.shape[0]} queries")
+    if admitted is None:
+        return excluded
+    if admitted.dtype == bool:
+        if admitted.shape != (total,):
+            raise RetroDataError(f"admitted has shape {admitted.shape} for {total} database rows")
+        return excluded
+    _check_ranges("admitted", admitted, total)
+    if (admitted[1:, 0] < admitted[:-1, 1]).any():
+        raise RetroDataError("admitted ranges overlap or are not ascending: sort and merge them")
+    return excluded
+
+
+def _check_ranges(name: str, ranges: np.ndarray, total: int) -> None:
+    if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype != np.int64:
+        raise RetroDataError(
+            f"{name} is {ranges.dtype} {ranges.shape}; expected int64 (n, 2), rows [lo, hi)"
+        )
+    low, high = ranges.T
+    bad = (low > high) | ((low < high) & ((low < 0) | (high > total)))
+    if bad.any():
+        at = int(bad.argmax())
+        raise RetroDataError(
+            f"{name}[{at}] is [{low[at]}, {high[at]}); expected 0 <= lo <= hi <= {total}"
+        )
+
+
+@contextmanager
+def _full_float32_products() -> Iterator[None]:
+    """A caller's float32 matmul precision of "medium" would break the error bound."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,235 @@
+"""The stage `neighbors`: for every chunk of a corpus, its nearest chunks of other documents.
+
+Neighbors belong to corpus chunks, not to an order of samples (Borgeaud et al. 2021, section 2.2): they
+are computed once, `num_stored` of them, and read with any `num_neighbors` up to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_data import store
+from retro_data.artifact import free, keyed
+from retro_data.database import Database, DatabasePlace
+from retro_data.errors import RetroDataError
+from retro_data.exact import Neighbors, Vectors, nearest, rank
+from retro_data.index import SearchIndex, load_index, others
+from retro_data.stage import (
+    Block,
+    BlockWriter,
+    Receipt,
+    Resources,
+    lay_parts,
+    tile,
+    total_counts,
+)
+from retro_data.store import ChunkStore, Embeddings
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class NeighborSettings:
+    """How neighbors are found.
+
+    Attributes:
+        search: "exact", "index", or "auto": exact up to `exact_rows` database rows.
+        exact_rows: see `search`.
+        metric: "l2" (squared distance) or "ip" (inner product).
+        num_stored: candidates kept for each chunk, K.
+        block_rows: query chunks of one block of work; 0 chooses by the number of chunks.
+        memory: of an exact search's working set, in bytes.
+    """
+
+    search: str = keyed("auto")
+    exact_rows: int = keyed(1_000_000)
+    metric: str = keyed("l2")
+    num_stored: int = keyed(32)
+    block_rows: int = free(0)
+    memory: int = free(2**30)
+
+    def __post_init__(self) -> None:
+        if self.search not in ("auto", "exact", "index"):
+            raise RetroDataError(
+                f"neighbors.search={self.search!r}: expected auto, exact or index."
+            )
+        if self.metric not in ("l2", "ip"):
+            raise RetroDataError(f"neighbors.metric={self.metric!r}: expected l2 or ip.")
+        if self.num_stored < 1:
+            raise RetroDataError(f"neighbors.num_stored={self.num_stored}: expected at least 1.")
+
+    def resolve(self, database_rows: int) -> str:
+        """ "exact" or "index", by the number of database rows alone."""
+        if self.search != "auto":
+            return self.search
+        return "exact" if database_rows <= self.exact_rows else "index"
+
+
+@dataclass
+class NeighborContext:
+    queries: ChunkStore
+    vectors: Vectors
+    database: Database
+    index: SearchIndex | None
+    device: str
+
+
+class NeighborStage:
+    """Finds the neighbors of every chunk of one store.
+
+    Args:
+        settings: how.
+        corpus: name of the query corpus.
+        chunks: folder and key of its chunk store.
+        embeddings: folder and key of its vectors.
+        database: what is searched.
+        search: "exact" or "index".
+        index: folder and key of the index, where it is used.
+    """
+
+    name = "neighbors"
+    version = 1
+    unit = "chunks"
+
+    def __init__(
+        self,
+        settings: NeighborSettings,
+        corpus: str,
+        chunks: tuple[Path, str],
+        embeddings: tuple[Path, str],
+        database: DatabasePlace,
+        search: str,
+        index: tuple[Path, str] | None,
+    ) -> None:
+        self.settings = settings
+        self.corpus = corpus
+        self.chunks = chunks
+        self.embeddings = embeddings
+        self.database = database
+        self.search = search
+        self.index = index
+        self.resources = Resources(threads=0)
+
+    def key_fields(self) -> dict[str, Any]:
+        return {
+            "name": self.corpus,
+            "search": self.search,
+            "metric": self.settings.metric,
+            "num_stored": self.settings.num_stored,
+        }
+
+    def parents(self) -> dict[str, str]:
+        found = {"embeddings": self.embeddings[1], **self.database.parents()}
+        if self.index is not None:
+            found["index"] = self.index[1]
+        return found
+
+    def blocks(self) -> list[Block]:
+        rows = len(ChunkStore(self.chunks[0]))
+        return tile(rows, self.settings.block_rows or min(max(rows // 64, 1024), 65_536))
+
+    def open(self, device: str) -> AbstractContextManager[NeighborContext]:
+        vectors = Vectors(list(Embeddings(self.embeddings[0]).blocks()))
+        index = load_index(self.index[0]) if self.index is not None else None
+        context = NeighborContext(
+            ChunkStore(self.chunks[0]), vectors, self.database.open(), index, device
+        )
+        return contextlib.nullcontext(context)
+
+    def make(self, context: NeighborContext, block: Block, out: BlockWriter) -> None:
+        chunks, database = context.queries, context.database
+        document = chunks.document_of_chunk[block.start : block.stop]
+        own = database.rows_of_documents(chunks.documents.keys[document])
+        queries = context.vectors.rows(block.start, block.stop)
+        if context.index is None:
+            found = self._exact(context, queries, own)
+        else:
+            found = self._by_index(context, context.index, queries, own, out)
+        self._count(found, own, _is_last_of_document(chunks, document, block), out)
+        wide = database.shape[0] >= 2**31
+        ids = found.ids.astype(np.int64 if wide else np.int32)
+        out.array(store.part_name(block.index, store.NEIGHBOR_IDS), ids)
+        out.array(store.part_name(block.index, store.NEIGHBOR_DISTANCES), found.distances)
+        out.rows = len(ids)
+
+    def _exact(self, context: NeighborContext, queries: Array, own: Array) -> Neighbors:
+        return nearest(
+            queries,
+            context.database.vectors,
+            self.settings.num_stored,
+            metric=self.settings.metric,  # type: ignore[arg-type]
+            excluded=own,
+            admitted=context.database.admitted,
+            device=context.device,
+            memory_bytes=self.settings.memory,
+        )
+
+    def _by_index(
+        self,
+        context: NeighborContext,
+        index: SearchIndex,
+        queries: Array,
+        own: Array,
+        out: BlockWriter,
+    ) -> Neighbors:
+        """Search wide, drop the own document, search wider where that left too few, then exactly."""
+        k, admitted = self.settings.num_stored, context.database.admitted
+        before = np.concatenate([[0], np.cumsum(admitted)])
+        possible = before[-1] - (before[own[:, 1]] - before[own[:, 0]])
+        want = np.where(queries.any(1), np.minimum(k, possible), 0)
+        ids = np.full((len(queries), k), -1, np.int64)
+        todo = np.flatnonzero(want)
+        for width in (2 * k, 16 * k):
+            if len(todo):
+                _, hits = index.search(queries[todo], min(width, int(before[-1])))
+                ids[todo] = others(hits, own[todo], k)
+                todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
+                out.count(f"rows_short_after_{width}", len(todo))
+        found = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
+        if len(todo):
+            exact = self._exact(context, queries[todo], own[todo])
+            found.ids[todo], found.distances[todo] = exact
+        return found
+
+    def _count(self, found: Neighbors, own: Array, last: Array, out: BlockWriter) -> None:
+        real = found.ids >= 0
+        inside = (found.ids >= own[:, :1]) & (found.ids < own[:, 1:])
+        out.count("candidates", found.ids.size)
+        out.count("candidates_found", int(real.sum()))
+        out.count("used_candidates", int(real[~last].size))
+        out.count("used_candidates_found", int(real[~last].sum()))
+        out.count("same_document", int((inside & real).sum()))
+
+    def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
+        names = (store.NEIGHBOR_IDS, store.NEIGHBOR_DISTANCES)
+        arrays = {name: lay_parts(folder, receipts, name) for name in names}
+        counts = total_counts(receipts)
+        used = max(1, counts["used_candidates"])
+        return {
+            "arrays": arrays,
+            "rows": sum(r.rows for r in receipts),
+            "figures": {
+                **counts,
+                "fill_rate": counts["candidates_found"] / max(1, counts["candidates"]),
+                "fill_rate_used": counts["used_candidates_found"] / used,
+                "same_document_rate": counts["same_document"] / max(1, counts["candidates_found"]),
+            },
+        }
+
+
+def _is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> Array:
+    """Chunks whose neighbors reach no label but the document's end."""
+    return np.asarray(
+        chunks.documents.first_chunk[document + 1] - 1 == np.arange(block.start, block.stop)
+    )
+

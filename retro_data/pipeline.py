@@ -1,0 +1,431 @@
+"""The stages in their order: the only place that knows it.
+
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors
+
+`steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
+looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
+what training reads. Only the first two of these ever look at the corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from retro_data import artifact, store
+from retro_data.artifact import canonical_json
+from retro_data.chunks import ChunkSettings, ChunkStage
+from retro_data.corpus import CorpusSettings, open_reader
+from retro_data.database import DatabasePlace, DatabaseSettings, DatabaseStage, StoreOfDatabase
+from retro_data.embedder import EmbedderSettings
+from retro_data.embeddings import EmbeddingStage
+from retro_data.engines import EngineSettings, LocalEngine
+from retro_data.errors import RetroDataError
+from retro_data.index import IndexSettings, IndexStage
+from retro_data.neighbors import NeighborSettings, NeighborStage
+from retro_data.scan import CorpusStage, digest_files
+from retro_data.splits import SplitSettings, split_of_documents
+from retro_data.stage import Engine, Stage, complete, read_receipts, stage_key
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
+from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
+
+log = logging.getLogger(__name__)
+
+Group = TypeVar("Group")
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that preparation needs, one group a stage."""
+
+    root: Path
+    corpora: tuple[CorpusSettings, ...]
+    tokenizer: TokenizerSettings
+    chunks: ChunkSettings
+    splits: SplitSettings
+    embedder: EmbedderSettings
+    database: DatabaseSettings
+    index: IndexSettings
+    neighbors: NeighborSettings
+    engine: EngineSettings
+
+    @classmethod
+    def create(
+        cls,
+        root: str | Path,
+        corpus: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        tokenizer: Mapping[str, Any] | None = None,
+        chunk_size: int = 64,
+        chunks: Mapping[str, Any] | None = None,
+        splits: Mapping[str, Any] | None = None,
+        embedder: Mapping[str, Any] | None = None,
+        database: Mapping[str, Any] | None = None,
+        index: Mapping[str, Any] | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> Settings:
+        """Settings from plain mappings, as Hydra or a caller gives them.
+
+        Args:
+            root: folder of all artifacts.
+            corpus: one corpus, or several; each with at least `name` and `path`.
+            chunk_size: tokens of a chunk.
+
+        Raises:
+            RetroDataError: a setting that does not exist, or a value that cannot be.
+        """
+        several = [corpus] if isinstance(corpus, Mapping) else list(corpus)
+        settings = cls(
+            root=Path(root).expanduser().absolute(),
+            corpora=tuple(_group(CorpusSettings, "corpus", c) for c in several),
+            tokenizer=_group(TokenizerSettings, "tokenizer", tokenizer),
+            chunks=_group(ChunkSettings, "chunks", {**(chunks or {}), "chunk_size": chunk_size}),
+            splits=_group(SplitSettings, "splits", splits),
+            embedder=_group(EmbedderSettings, "embedder", embedder),
+            database=_group(DatabaseSettings, "database", database),
+            index=_group(IndexSettings, "index", index),
+            neighbors=_group(NeighborSettings, "neighbors", neighbors),
+            engine=_group(EngineSettings, "engine", engine),
+        )
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        names = [corpus.name for corpus in self.corpora]
+        if not names or len(set(names)) < len(names):
+            raise RetroDataError(f"corpus names {names}: expected at least one, each its own.")
+        unknown = set(self.database.corpora or ()) - set(names)
+        if unknown:
+            raise RetroDataError(
+                f"database.corpora names {sorted(unknown)}, found the corpora {names}."
+            )
+        if self.tokenizer.name is None and self.splits.val + self.splits.test > 0.5:
+            raise RetroDataError(
+                f"splits.val={self.splits.val} and splits.test={self.splits.test} leave less than "
+                "half for training, on which the tokenizer is trained. Name one (tokenizer.name), or "
+                "evaluate on less."
+            )
+
+    def prepared_path(self) -> Path:
+        """Where the keys this configuration was prepared to are kept, whatever the corpus' path."""
+        groups = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("root", "corpora", "engine")
+        }
+        identity = {name: _identity(group) for name, group in groups.items()}
+        identity["corpora"] = [_identity(corpus) for corpus in self.corpora]
+        return store.prepared_path(self.root, artifact.artifact_key("settings", 1, identity, {}))
+
+
+NAMING_FIELDS = ("name", "revision", "split")  # not keyed, as digests stand for them; they name
+
+
+def _identity(group: Any) -> dict[str, Any]:
+    return {
+        item.name: getattr(group, item.name)
+        for item in dataclasses.fields(group)
+        if item.metadata["keyed"] or item.name in NAMING_FIELDS
+    }
+
+
+def _group(kind: type[Group], name: str, given: Any) -> Group:
+    """A settings dataclass from a mapping; a setting it does not have is refused."""
+    if isinstance(given, kind):
+        return given
+    given = dict(given or {})
+    known = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise RetroDataError(
+            f"unknown setting {', '.join(f'{name}.{u}' for u in unknown)}; "
+            f"expected some of: {', '.join(known)}."
+        )
+    missing = [
+        n for n, item in known.items() if item.default is dataclasses.MISSING and n not in given
+    ]
+    if missing:
+        raise RetroDataError(f"missing setting {', '.join(f'{name}.{m}' for m in missing)}.")
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    return kind(**values)
+
+
+# ---- steps -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact on the way: its stage, folder and key, and the corpus it belongs to, if one."""
+
+    stage: Stage
+    folder: Path
+    key: str
+    corpus: str | None
+
+    @property
+    def place(self) -> tuple[Path, str]:
+        return self.folder, self.key
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage.name} {self.corpus}" if self.corpus else self.stage.name
+
+
+def steps(settings: Settings) -> Iterator[Step]:
+    """Every artifact of a configuration, in order.
+
+    The steps up to the embeddings are known as soon as the corpora are digested. Whoever wants the
+    last ones must finish each step before asking for the next: whether there is an index depends on
+    the number of chunks where `neighbors.search` is auto. Without that, the iteration just ends.
+    """
+    root, names = settings.root, [corpus.name for corpus in settings.corpora]
+
+    def step(stage: Stage, corpus: str | None = None) -> Step:
+        key = stage_key(stage)
+        return Step(stage, store.folder_of(root, stage.name, key, corpus), key, corpus)
+
+    scans = {}
+    readers = {corpus.name: open_reader(corpus) for corpus in settings.corpora}
+    for name, reader in readers.items():
+        files = digest_files(reader, store.digests_path(root, name))
+        scans[name] = step(CorpusStage(reader.settings, files), name)
+        yield scans[name]
+    splits = {corpus.name: corpus.split for corpus in settings.corpora}
+    training = [
+        TrainingCorpus(readers[n].settings, *scans[n].place)
+        for n in names
+        if splits[n] in ("hash", "train")
+    ]
+    tokenizer = step(TokenizerStage(settings.tokenizer, training, settings.splits.salt))
+    yield tokenizer
+    chunks = {
+        n: step(
+            ChunkStage(settings.chunks, readers[n].settings, scans[n].place, tokenizer.place), n
+        )
+        for n in names
+    }
+    yield from chunks.values()
+    embeddings = {
+        n: step(EmbeddingStage(settings.embedder, n, chunks[n].place, tokenizer.folder), n)
+        for n in names
+    }
+    yield from embeddings.values()
+    chosen = [n for n in names if n in (settings.database.corpora or names)]
+    stores = [StoreOfDatabase(n, splits[n], *chunks[n].place) for n in chosen]
+    database = step(DatabaseStage(settings.database, settings.splits, stores))
+    yield database
+    place = DatabasePlace(
+        *database.place,
+        chunks=tuple(chunks[n].folder for n in chosen),
+        embeddings=tuple(embeddings[n].place for n in chosen),
+    )
+    search = settings.neighbors.search
+    if search == "auto":
+        if artifact.read_manifest(database.folder) is None:
+            return
+        search = settings.neighbors.resolve(place.rows)
+    index = None
+    if search == "index":
+        index = step(IndexStage(settings.index, settings.neighbors.metric, place))
+        yield index
+    for name in names:
+        if splits[name] != "database":  # chunks that are only ever retrieved ask for nothing
+            yield step(
+                NeighborStage(
+                    settings.neighbors,
+                    name,
+                    chunks[name].place,
+                    embeddings[name].place,
+                    place,
+                    search,
+                    index.place if index else None,
+                ),
+                name,
+            )
+
+
+# ---- preparing -------------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings, engine: Engine | None = None) -> None:
+    """Build what is missing, reuse what is there, and note where training finds it.
+
+    Args:
+        engine: where blocks are made; child processes by `settings.engine` where None.
+    """
+    engine = engine or LocalEngine(settings.engine)
+    made, found = [], []
+    for step in steps(settings):
+        if artifact.read_manifest(step.folder) is None:
+            log.info("%s: preparing %s", step.title, step.folder)
+            manifest = complete(step.stage, step.folder, engine)
+            seconds = manifest["wall_seconds_of_last_run"]
+            log.info("%s: %s rows in %.1f s", step.title, manifest.get("rows"), seconds)
+            made.append(step)
+        else:
+            found.append(step)
+    _note_prepared(settings, [*found, *made])
+    if made:
+        log.info("prepared %d artifacts in %s (%d were there)", len(made), settings.root, len(found))
+    else:
+        log.info("everything was prepared already in %s: %d artifacts", settings.root, len(found))
+
+
+def _note_prepared(settings: Settings, done: Sequence[Step]) -> None:
+    def keys(stage: str) -> dict[str, str]:
+        return {step.corpus or "": step.key for step in done if step.stage.name == stage}
+
+    stages = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
+    note = {name: keys(name) for name in stages}
+    path = settings.prepared_path()
+    if path.exists() and artifact.read_json(path) == note:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(path, note, replace=True)
+
+
+def check(settings: Settings) -> None:
+    """Refuse a configuration whose artifacts are not all there. Builds nothing, reads no corpus.
+
+    Raises:
+        RetroDataError: naming what is unfinished and the command that builds it.
+    """
+    note = _read_note(settings)
+    for stage, keys in note.items():
+        for corpus, key in keys.items():
+            store.finished(store.folder_of(settings.root, stage, key, corpus or None))
+
+
+def _read_note(settings: Settings) -> dict[str, dict[str, str]]:
+    path = settings.prepared_path()
+    if not path.exists():
+        raise RetroDataError(
+            f"{settings.root} holds no data prepared with these settings. Run `retro-data prepare` "
+            "with the same settings first, or set prepare=auto."
+        )
+    return cast(dict[str, dict[str, str]], artifact.read_json(path))
+
+
+# ---- opening ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """One corpus, ready to be read.
+
+    Attributes:
+        chunks: its chunk store.
+        split_of_document: (D,) uint8, index into SPLITS.
+        neighbors: None for a corpus that is only ever retrieved.
+        key: of all its data.
+    """
+
+    chunks: ChunkStore
+    split_of_document: np.ndarray[Any, Any]
+    neighbors: NeighborLists | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training reads. `key` is a fingerprint of it."""
+
+    tokenizer: LmTokenizer
+    corpora: tuple[PreparedCorpus, ...]
+    database: DatabaseStores
+    key: str
+
+
+def open_prepared(settings: Settings) -> Prepared:
+    """Open what was prepared, from its manifests alone.
+
+    Raises:
+        RetroDataError: it was not prepared, or is damaged.
+    """
+    note = _read_note(settings)
+
+    def folder(stage: str, corpus: str = "") -> Path:
+        return store.folder_of(settings.root, stage, note[stage][corpus], corpus or None)
+
+    corpora = []
+    for corpus in settings.corpora:
+        name = corpus.name
+        chunks = ChunkStore(folder("chunks", name))
+        listed = name in note["neighbors"]
+        neighbors = NeighborLists(folder("neighbors", name)) if listed else None
+        split = split_of_documents(chunks.documents.keys, corpus.split, settings.splits)
+        identity = [chunks.key, note["neighbors"].get(name), corpus.split]
+        corpora.append(PreparedCorpus(chunks, split, neighbors, canonical_json(identity)))
+    chosen = settings.database.corpora or [corpus.name for corpus in settings.corpora]
+    database = [folder("chunks", c.name) for c in settings.corpora if c.name in chosen]
+    fields = {
+        "corpora": [corpus.key for corpus in corpora],
+        "splits": dataclasses.asdict(settings.splits),
+    }
+    return Prepared(
+        LmTokenizer(folder("tokenizer")),
+        tuple(corpora),
+        DatabaseStores.of(database),
+        artifact.artifact_key("prepared", 1, fields, {"database": note["database"][""]}),
+    )
+
+
+# ---- looking ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of `retro-data status`."""
+
+    title: str
+    key: str
+    folder: Path
+    state: str  # finished | partial | missing
+    blocks_done: int
+    blocks: int | None  # None before the plan is made
+    bytes: int
+
+
+def status(settings: Settings) -> list[StageStatus]:
+    """What is there of each artifact that this configuration leads to."""
+    return [_status_of(step) for step in steps(settings)]
+
+
+def _status_of(step: Step) -> StageStatus:
+    manifest = artifact.read_manifest(step.folder)
+    files = [path for path in step.folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    if manifest is not None:
+        blocks = manifest["blocks"]
+        return StageStatus(step.title, step.key, step.folder, "finished", blocks, blocks, size)
+    planned = (step.folder / artifact.PLAN).exists()
+    blocks = len(artifact.read_json(step.folder / artifact.PLAN)["blocks"]) if planned else None
+    done = len(read_receipts(step.folder))
+    state = "partial" if planned else "missing"
+    return StageStatus(step.title, step.key, step.folder, state, done, blocks, size)
+
+
+def verify(settings: Settings) -> dict[str, list[str]]:
+    """Read every file of every finished artifact back and hold it against its digests.
+
+    Returns:
+        Title of each artifact to what is wrong with it: an empty list where nothing is.
+    """
+    found = {}
+    for step in steps(settings):
+        manifest = artifact.read_manifest(step.folder)
+        if manifest is None:
+            found[step.title] = [f"{step.folder} is not finished: run `retro-data prepare`"]
+        else:
+            found[step.title] = artifact.damage(step.folder, manifest)
+    return found

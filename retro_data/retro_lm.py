@@ -1,0 +1,398 @@
+"""A compact reference RETRO decoder, the first user of the batch.
+
+After Borgeaud et al. 2021, "Improving language models by retrieving from trillions of tokens"
+(arXiv 2112.04426), section 2.4: some layers of a causal decoder also attend, chunk by chunk, the
+encoded neighbors of the chunk before; an encoder reads these in both directions, conditioned on
+the decoder's activations of the chunk they were retrieved for. Rotary positions stand in for the
+paper's relative ones. Documents may share a sequence.
+
+Shapes: B rows, n = seq_len, m = chunk_size, l = n / m, k = num_neighbors, r = retrieved length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from retro_data.errors import RetroDataError
+
+IGNORED_LABEL = -100
+
+Batch = Mapping[str, Tensor]
+CrossAttend = Callable[["Attention", Tensor], Tensor]
+
+
+def neighbor_slots(chunk_lengths: Tensor, document_ids: Tensor, chunk_size: int) -> Tensor:
+    """Where each position stands in chunked cross-attention: the paper's causal shift.
+
+    The neighbors of chunk u are attended from a window of m slots: slot 0 is u's last real token,
+    slots 1 to m - 1 are the tokens of chunk u + 1 but its last real one, if u + 1 is of the same
+    document. Nothing before u's last real token sees what u retrieved, and no document sees the
+    neighbors of another. Full chunks of one document are merely shifted by m - 1.
+
+    From chunk_lengths and document_ids (B, l) int64, (B, n) int64: u * m + slot, or n where no
+    neighbors can be seen.
+    """
+    num_chunks = chunk_lengths.shape[1]
+    offset = torch.arange(chunk_size, device=chunk_lengths.device)
+    window = torch.arange(num_chunks, device=chunk_lengths.device)[:, None] * chunk_size
+    last = chunk_lengths[..., None] - 1
+    continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0))[..., None]
+    previous = window - chunk_size + offset + 1
+    slots = torch.where(continues & (offset < last), previous, num_chunks * chunk_size)
+    return torch.where(offset == last, window, slots).flatten(1)
+
+
+def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log likelihood (B, n) float32 of labels (B, n), in nats; 0 where they are -100."""
+    flat = logits.flatten(0, 1).float()
+    nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return nats.view_as(labels)
+
+
+def score_sums(
+    nats: Tensor, labels: Tensor, served: Tensor, bytes_per_token: Tensor, eos_id: int | None
+) -> Tensor:
+    """The sums all figures of an evaluation follow from; they add up over batches and ranks.
+
+    Args:
+        nats, labels, served: (B, n) float, int64 (-100: no label), bool (neighbors can be seen).
+        bytes_per_token: (vocab_size,) int64, bytes of text.
+        eos_id: the label of a document's end, which is no text; None if there is none.
+    Returns:
+        (2, 2, 3) float64: (all, served) x (text, eos) x (nats, labels, bytes).
+    """
+    scored = labels != IGNORED_LABEL
+    is_eos = labels == eos_id if eos_id is not None else torch.zeros_like(scored)
+    kinds = torch.stack([scored & ~is_eos, scored & is_eos])
+    chosen = torch.stack([kinds, kinds & served])[:, :, None]
+    num_bytes = bytes_per_token[labels.clamp(min=0)]
+    quantities = torch.stack([nats.double(), scored.double(), num_bytes.double()])
+    return torch.where(chosen, quantities, 0.0).sum((-2, -1))
+
+
+def score_figures(sums: Tensor) -> dict[str, float]:
+    """The figures of an evaluation from its `score_sums`; one without any label is left out.
+
+    `loss` is nats a label with eos, as in training, `loss_eos` that of eos alone. `bits_per_byte`
+    is that of text: nats / ln 2 / bytes; `bits_per_token` takes its place where bytes are unknown
+    (0). The suffix `_served` restricts a figure to positions that can see neighbors.
+    """
+    figures = {}
+    for suffix, (text, eos) in zip(("", "_served"), sums.tolist(), strict=True):
+        if labels := text[1] + eos[1]:
+            figures[f"loss{suffix}"] = (text[0] + eos[0]) / labels
+        if text[1]:
+            unit, size = ("byte", text[2]) if text[2] else ("token", text[1])
+            figures[f"bits_per_{unit}{suffix}"] = text[0] / math.log(2) / size
+        if eos[1] and not suffix:
+            figures["loss_eos"] = eos[0] / eos[1]
+    return figures
+
+
+def learning_rate_factor(step: int, warmup_steps: int, decay_steps: int | None) -> float:
+    """Linear warm-up, then a cosine to a tenth at `decay_steps`; constant if that is None."""
+    if step < warmup_steps or decay_steps is None:
+        return min(1.0, (step + 1) / max(1, warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (..., t, d) at (t,), in float32 or better."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    exponents = torch.arange(a.shape[-1], device=x.device, dtype=a.dtype) / a.shape[-1]
+    angles = positions[:, None] * 10_000.0**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def open_empty_rows(mask: Tensor) -> Tensor:
+    """Lets queries without a visible key see all (no NaN); the caller discards what they get."""
+    return mask | ~mask.any(-1, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another."""
+
+    def __init__(self, width: int, head_dim: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.RMSNorm(width)
+        self.context_norm = nn.RMSNorm(context_dim) if context_dim else nn.Identity()
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_dim or width, 2 * width)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, at: Tensor, mask: Tensor, context: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The branch to add to x (b, t, w) at positions (t,); context (b, s, context_dim) at (s,).
+
+        `mask`, True where visible, broadcasts to (b, heads, t, s).
+        """
+        x = self.norm(x)
+        source, source_at = (x, at) if context is None else context
+        q = rearrange(self.query(x), "b t (h d) -> b h t d", d=self.head_dim)
+        k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
+        k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
+        y = F.scaled_dot_product_attention(rotate(q, at), rotate(k, source_at), v, attn_mask=mask)
+        gained: Tensor = self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return gained
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention if there is a context, SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, head_dim: int, dropout: float, context_dim: int | None) -> None:
+        super().__init__()
+        hidden = 8 * math.ceil(width / 3)  # as many weights as two matrices of 4 * width
+        self.attention = Attention(width, head_dim)
+        self.cross_attention = Attention(width, head_dim, context_dim) if context_dim else None
+        self.norm = nn.RMSNorm(width)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, at: Tensor, mask: Tensor, cross: CrossAttend | None) -> Tensor:
+        """x (b, t, w); `cross` gives the cross-attention its context, None leaves it out."""
+        x = x + self.dropout(self.attention(x, at, mask))
+        if self.cross_attention is not None and cross is not None:
+            x = x + self.dropout(cross(self.cross_attention, x))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        gained: Tensor = self.dropout(self.down(F.silu(gate) * up))
+        return x + gained
+
+
+class RetroLM(LightningModule):
+    """A RETRO decoder that takes the DataModule's batches as they are.
+
+    Token embeddings are shared by decoder, neighbor encoder and output head. Logged are
+    `train/loss` and, over the whole split and all ranks, `val/` and `test/` with the names of
+    `score_figures`; the suffix `_off` is for the same batches with neighbors off.
+
+    Args:
+        vocab_size, pad_id, eos_id, bos_id: the DataModule's; bos_id is kept for generation.
+        bytes_per_token: (vocab_size,) bytes of text of each id; None if not lossless.
+        encoder_layers, encoder_width: its first layer attends the chunk that retrieved.
+        cross_attention_every, cross_attention_layers: every such layer of the decoder attends
+            neighbors, or these do, counted from 1.
+        retrieval: False builds the same decoder without encoder and cross-attention.
+        evaluate_without_retrieval: evaluate with neighbors off as well.
+        warmup_steps, decay_steps: see `learning_rate_factor`.
+    Raises:
+        RetroDataError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        pad_id: int,
+        chunk_size: int = 64,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        encoder_layers: int = 2,
+        encoder_width: int | None = None,
+        cross_attention_every: int = 3,
+        cross_attention_layers: Sequence[int] | None = None,
+        retrieval: bool = True,
+        evaluate_without_retrieval: bool = False,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        dropout: float = 0.0,
+        bytes_per_token: np.ndarray | Tensor | None = None,
+        eos_id: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        if cross_attention_layers is None:
+            cross_attention_layers = range(cross_attention_every, layers + 1, cross_attention_every)
+        cross_attention_layers = [int(layer) for layer in cross_attention_layers]
+        encoder_width = encoder_width or width
+        self.save_hyperparameters(ignore="bytes_per_token")
+        for name, value in self.hparams.items():  # weights_only=True loads no numpy scalar
+            self.hparams[name] = value.item() if isinstance(value, np.generic) else value
+        head_dim = width // heads
+        if pad_id != vocab_size:
+            raise RetroDataError(f"pad_id={pad_id}, vocab_size={vocab_size}: give the DataModule's")
+        if width % (2 * heads) or encoder_width % head_dim:
+            raise RetroDataError(
+                f"width={width}, heads={heads}, encoder_width={encoder_width}: expected heads of "
+                "one even size in both; change one of the three"
+            )
+        crossed = set(cross_attention_layers) if retrieval else set()
+        if not crossed <= set(range(1, layers + 1)) or (retrieval and not crossed):
+            raise RetroDataError(
+                f"cross_attention_layers={cross_attention_layers}, expected some of 1 to {layers}"
+                ": change them, cross_attention_every or layers, or set retrieval=False"
+            )
+        self.vocab_size, self.chunk_size, self.eos_id = vocab_size, chunk_size, eos_id
+        self.retrieval, self.evaluate_without_retrieval = retrieval, evaluate_without_retrieval
+        # Zeros stand for unknown: a checkpoint then loads whether or not it holds bytes.
+        known = np.zeros(vocab_size) if bytes_per_token is None else np.asarray(bytes_per_token)
+        if known.shape != (vocab_size,):
+            raise RetroDataError(
+                f"bytes_per_token is {known.shape}, expected ({vocab_size},) of vocab_size; "
+                "take both from the DataModule"
+            )
+        self.bytes_per_token: Tensor
+        self.register_buffer("bytes_per_token", torch.tensor(known, dtype=torch.int64))
+        self.embedding = nn.Embedding(vocab_size + 1, width, padding_idx=pad_id)
+        self.embedding.weight.data.mul_(0.02)  # as it is the output head, too
+        contexts = (encoder_width if i in crossed else None for i in range(1, layers + 1))
+        self.decoder = nn.ModuleList(Layer(width, head_dim, dropout, c) for c in contexts)
+        self.norm = nn.RMSNorm(width)
+        if retrieval:
+            self.to_encoder = nn.Linear(width, encoder_width, bias=False)
+            self.encoder = nn.ModuleList(
+                Layer(encoder_width, head_dim, dropout, None if i else width)
+                for i in range(encoder_layers)
+            )
+        self._sums: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_datamodule(cls, datamodule: Any, **settings: Any) -> RetroLM:
+        """A model for a RetroDataModule's vocabulary and chunk_size; `settings` are the others."""
+        names = ("vocab_size", "pad_id", "bos_id", "eos_id", "chunk_size", "bytes_per_token")
+        return cls(**{name: getattr(datamodule, name) for name in names} | settings)
+
+    def forward(self, batch: Batch, retrieval: bool | None = None) -> Tensor:
+        """Logits (B, n, vocab_size) of the next token; meaningless at padding.
+
+        `retrieval` False leaves the neighbors unread; None is as the model was built.
+
+        Raises:
+            RetroDataError: another chunk_size, or retrieval by a model built without.
+        """
+        ids, lengths, documents = batch["input_ids"], batch["chunk_lengths"], batch["document_ids"]
+        if ids.shape[1] != lengths.shape[1] * self.chunk_size:
+            raise RetroDataError(
+                f"found {ids.shape[1]} tokens in {lengths.shape[1]} chunks a row, expected chunks "
+                f"of {self.chunk_size}; give DataModule and model the same chunk_size"
+            )
+        if retrieval and not self.retrieval:
+            raise RetroDataError("the model has no cross-attention; build it with retrieval=True")
+        retrieval = self.retrieval if retrieval is None else retrieval
+        at = torch.arange(ids.shape[1], device=ids.device)
+        real = at[: self.chunk_size] < lengths[..., None]
+        # Causal, within a document, without padding; but each position sees itself: no NaN.
+        document = documents.repeat_interleave(self.chunk_size, dim=1)
+        visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
+        mask = (visible.tril() | (at[:, None] == at))[:, None]
+        slots = neighbor_slots(lengths, documents, self.chunk_size)
+        encoded: Tensor | None = None
+
+        def attend_neighbors(attention: Attention, x: Tensor) -> Tensor:
+            nonlocal encoded
+            if encoded is None:  # the activations of the first such layer condition the encoder
+                encoded = self._encode_neighbors(batch, x, real)
+            return self._chunked_cross_attention(attention, x, slots, encoded, batch)
+
+        use = attend_neighbors if retrieval and batch["neighbor_tokens"].numel() else None
+        x = self.embedding(ids)
+        for layer in self.decoder:
+            x = layer(x, at, mask, use)
+        return F.linear(self.norm(x), self.embedding.weight[: self.vocab_size])
+
+    def _encode_neighbors(self, batch: Batch, x: Tensor, real: Tensor) -> Tensor:
+        """(B * l, k, r, encoder_width) from the decoder's activations x (B, n, w).
+
+        All of chunk u conditions its neighbors: only its last real token and later ones see them.
+        """
+        mask = open_empty_rows(rearrange(batch["neighbor_mask"], "b l k r -> (b l k) 1 1 r"))
+        chunk_mask = open_empty_rows(rearrange(real, "b l m -> (b l) 1 1 m"))
+        chunks = rearrange(x, "b (l m) w -> (b l) m w", m=self.chunk_size)
+        k, r = batch["neighbor_tokens"].shape[-2:]
+        at = torch.arange(r, device=x.device)
+        # A neighbor is aligned with the chunk that retrieved it: both start at position 0.
+        context = chunks, torch.arange(self.chunk_size, device=x.device)
+
+        def attend_chunk(attention: Attention, e: Tensor) -> Tensor:
+            e = rearrange(e, "(c k) r w -> c (k r) w", k=k)
+            gained: Tensor = attention(e, at.repeat(k), chunk_mask, context)
+            return rearrange(gained, "c (k r) w -> (c k) r w", k=k)
+
+        tokens = self.embedding(batch["neighbor_tokens"].flatten(0, 2))
+        e: Tensor = self.to_encoder(tokens).to(x.dtype)
+        for layer in self.encoder:
+            e = layer(e, at, mask, attend_chunk)
+        return rearrange(e, "(c k) r w -> c k r w", k=k)
+
+    def _chunked_cross_attention(
+        self, attention: Attention, x: Tensor, slots: Tensor, encoded: Tensor, batch: Batch
+    ) -> Tensor:
+        """What x (B, n, w) gains from neighbors: exactly 0 where none is visible.
+
+        Given `neighbor_slots` (B, n) and the encoded neighbors (B * l, k, r, encoder_width).
+        """
+        (rows, tokens, width), (k, r) = x.shape, encoded.shape[1:3]
+        index = slots[..., None].expand_as(x)
+        # Slot n takes the positions that see no neighbors, and hands them 0 on the way back.
+        windows = x.new_zeros(rows, tokens + 1, width).scatter(1, index, x)[:, :-1]
+        windows = rearrange(windows, "b (l m) w -> (b l) m w", m=self.chunk_size)
+        # A continuation is aligned with chunk u + 1, so slot 0, u's last token, is at m - 1.
+        at = torch.arange(self.chunk_size, device=x.device) + self.chunk_size - 1
+        visible = rearrange(batch["neighbor_mask"], "b l k r -> (b l) 1 1 (k r)")
+        context = encoded.flatten(1, 2), torch.arange(r, device=x.device).repeat(k)
+        gained = attention(windows, at, open_empty_rows(visible), context)
+        gained = gained.masked_fill(~visible.any(-1), 0.0)
+        gained = rearrange(gained, "(b l) m w -> b (l m) w", b=rows)
+        return F.pad(gained, (0, 0, 0, 1)).gather(1, index)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean nats of the batch's labels."""
+        labels = batch["labels"]
+        loss = token_nats(self(batch), labels).sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Empties the sums: one for each way of evaluating, by the suffix of its names."""
+        ways = ["", "_off"] if self.retrieval and self.evaluate_without_retrieval else [""]
+        self._sums = {way: torch.zeros(2, 2, 3, device=self.device).double() for way in ways}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the batch to the sums."""
+        labels = batch["labels"]
+        slots = neighbor_slots(batch["chunk_lengths"], batch["document_ids"], self.chunk_size)
+        served = slots < labels.shape[1]
+        for suffix, sums in self._sums.items():
+            nats = token_nats(self(batch, False if suffix else None), labels)
+            sums += score_sums(nats, labels, served, self.bytes_per_token, self.eos_id)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the figures of all ranks together."""
+        split = "test" if self.trainer.testing else "val"
+        for suffix, sums in self._sums.items():
+            total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            for name, value in score_figures(total).items():
+                self.log(f"{split}/{name}{suffix}", value, prog_bar=name == "loss", sync_dist=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, its learning rate times `learning_rate_factor` of the step."""
+        h = self.hparams
+        rate, decay = h["learning_rate"], h["weight_decay"]
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim == 1]  # norms and biases do not decay
+        optimizer = torch.optim.AdamW(matrices, rate, (0.9, 0.95), weight_decay=decay)
+        optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, h["warmup_steps"], h["decay_steps"])
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,348 @@
+"""Where the files of a corpus lie, and their decompressed bytes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import zstandard
+
+from retro_data.corpus import SkippedFile, SourceFile
+from retro_data.errors import RetroDataError
+
+Matches = Callable[[str], bool]  # of a relative name
+
+
+class Tree(Protocol):
+    """The files below one path. A path that is a file is a tree of that file alone."""
+
+    def list(self, matches: Matches) -> tuple[list[SourceFile], list[SkippedFile]]:
+        """The regular files that match, and what cannot be read; both sorted by name.
+
+        Files and folders whose name starts with a dot are left out.
+        """
+
+    def stat(self, name: str) -> SourceFile: ...
+
+    def open(self, name: str) -> BinaryIO: ...
+
+
+def open_tree(path: str) -> Tree:
+    """The tree at a local path, a `pkg://` address or an fsspec address.
+
+    Raises:
+        RetroDataError: nothing there, or a package that is needed is missing.
+    """
+    if path.startswith("pkg://"):
+        return LocalTree(package_path(path))
+    if "://" not in path:
+        return LocalTree(os.path.expanduser(path))
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    try:
+        filesystem, root = url_to_fs(path)
+    except ImportError as error:
+        extra = path.split("://")[0].replace("https", "http")
+        raise RetroDataError(f"{path}: {error}: pip install 'fsspec[{extra}]'") from error
+    except ValueError as error:
+        raise RetroDataError(f"{path}: {error}") from error
+    if isinstance(filesystem, LocalFileSystem):
+        return LocalTree(root)
+    return RemoteTree(path, filesystem, root)
+
+
+def package_path(address: str) -> str:
+    """The folder of `pkg://package/folder`, found without importing the package.
+
+    Raises:
+        RetroDataError: the package is not installed or has no such folder.
+    """
+    package, _, folder = address.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise RetroDataError(f"{address}: no package {package!r} is installed")
+    for location in spec.submodule_search_locations:
+        path = os.path.join(location, folder)
+        if os.path.exists(path):
+            return path
+    raise RetroDataError(f"{address}: the package {package!r} has no {folder!r}")
+
+
+def require(module: str, what: str) -> Any:
+    """Import an optional module.
+
+    Raises:
+        RetroDataError: with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise RetroDataError(f"{what} needs {package}: pip install {package}") from error
+
+
+def matches_glob(pattern: str) -> Matches:
+    """Whether a relative name matches: `*`, `?` and `[…]` within a part, `**` for any parts."""
+    parts = pattern.split("/")
+    return lambda name: _match(parts, name.split("/"))
+
+
+def _match(parts: list[str], names: list[str]) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return _match(parts[1:], names) or bool(names and _match(parts, names[1:]))
+    return bool(names) and fnmatchcase(names[0], parts[0]) and _match(parts[1:], names[1:])
+
+
+def name_bytes(entry: SourceFile | SkippedFile) -> bytes:
+    return entry.name.encode("utf-8", "surrogateescape")
+
+
+# ---- trees ---------------------------------------------------------------------------------------
+
+
+class LocalTree:
+    """Files on this machine.
+
+    Links are followed. Each real folder is read once, under its own name where it has one below
+    the root, so loops end; a link to a folder that is read already is reported.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise RetroDataError(
+                f"no file or folder {path!r}; a dataset of the Hugging Face hub needs "
+                f"format: huggingface"
+            )
+        self.root = path
+        self._only: str | None = None
+        if not os.path.isdir(path):
+            self.root, self._only = os.path.split(path)
+
+    def stat(self, name: str) -> SourceFile:
+        return _local_file(name, os.stat(os.path.join(self.root, name)))
+
+    def open(self, name: str) -> BinaryIO:
+        return open(os.path.join(self.root, name), "rb")
+
+    def list(self, matches: Matches) -> tuple[list[SourceFile], list[SkippedFile]]:
+        walk = _Walk(self.root, matches)
+        if self._only is not None:
+            walk.file(self._only, os.stat(os.path.join(self.root, self._only)))
+        else:
+            walk.folders()
+        return sorted(walk.files, key=name_bytes), sorted(walk.skipped, key=name_bytes)
+
+
+class _Walk:
+    def __init__(self, root: str, matches: Matches) -> None:
+        self.root = root
+        self.matches = matches
+        self.files: list[SourceFile] = []
+        self.skipped: list[SkippedFile] = []
+
+    def folders(self) -> None:
+        """Visit all real folders first, then those that only links lead to."""
+        above = [os.stat(parent) for parent in Path(os.path.realpath(self.root)).parents]
+        seen = {(info.st_dev, info.st_ino) for info in above}
+        real, links = [""], list[str]()
+        while real or links:
+            if not real:
+                links.sort(key=os.fsencode, reverse=True)
+                real.append(links.pop())
+            folder = real.pop()
+            info = os.stat(os.path.join(self.root, folder))
+            if (info.st_dev, info.st_ino) in seen:
+                self.skip(folder, "link to a folder that is read already")
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            for name, is_link in self._visit(folder):
+                (links if is_link else real).append(name)
+
+    def _visit(self, folder: str) -> Iterator[tuple[str, bool]]:
+        """Take the files of a folder; yield its folders, and whether each is a link."""
+        try:
+            entries = list(os.scandir(os.path.join(self.root, folder)))
+        except PermissionError:
+            self.skip(f"{folder}/", "permission denied")
+            return
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                info = entry.stat()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES):
+                    raise
+                self.skip(name, f"cannot be reached: {error.strerror}")
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                yield name, entry.is_symlink()
+            elif self.matches(name):
+                self.file(name, info)
+
+    def file(self, name: str, info: os.stat_result) -> None:
+        if not stat.S_ISREG(info.st_mode):
+            self.skip(name, "not a regular file")
+        elif not os.access(os.path.join(self.root, name), os.R_OK):
+            self.skip(name, "permission denied")
+        else:
+            self.files.append(_local_file(name, info))
+
+    def skip(self, name: str, reason: str) -> None:
+        self.skipped.append(SkippedFile(name, reason))
+
+
+def _local_file(name: str, info: os.stat_result) -> SourceFile:
+    return SourceFile(name, info.st_size, info.st_mtime_ns, None)
+
+
+class RemoteTree:
+    """Files behind an fsspec address. Over HTTP no version is taken: a server may make it up."""
+
+    def __init__(self, address: str, filesystem: Any, root: str) -> None:
+        self._filesystem = filesystem
+        self._root = root.rstrip("/")
+        self._only: str | None = None
+        self._versioned = not address.startswith("http")
+        if not filesystem.exists(root):
+            raise RetroDataError(f"no file or folder at {address}")
+        if filesystem.isfile(root):
+            self._root, _, self._only = root.rpartition("/")
+            if not self._only:  # over HTTP any address looks like a file
+                raise RetroDataError(f"{address} is a folder; an HTTP address names one file")
+
+    def stat(self, name: str) -> SourceFile:
+        self._filesystem.invalidate_cache()
+        return self._file(name, self._filesystem.info(f"{self._root}/{name}"))
+
+    def open(self, name: str) -> BinaryIO:
+        return self._filesystem.open(f"{self._root}/{name}", "rb")  # type: ignore[no-any-return]
+
+    def list(self, matches: Matches) -> tuple[list[SourceFile], list[SkippedFile]]:
+        if self._only is not None:
+            return [self.stat(self._only)], []
+        files = []
+        for path, info in self._filesystem.find(self._root, detail=True).items():
+            name = path[len(self._root) :].lstrip("/")
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            if info["type"] == "file" and not hidden and matches(name):
+                files.append(self._file(name, info))
+        return sorted(files, key=name_bytes), []
+
+    def _file(self, name: str, info: dict[str, Any]) -> SourceFile:
+        version = _version(info) if self._versioned else None
+        return SourceFile(name, info["size"] or 0, _modified_ns(info), version)
+
+
+def _version(info: dict[str, Any]) -> str | None:
+    keys = ("VersionId", "ETag", "etag", "generation", "blob_id")  # of S3, Azure, GCS, the HF hub
+    return next((f"{key}:{info[key]}" for key in keys if info.get(key)), None)
+
+
+def _modified_ns(info: dict[str, Any]) -> int:
+    for key in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value = info.get(key)
+        if isinstance(value, datetime):
+            value = value.timestamp()
+        if isinstance(value, int | float):
+            return int(value * 1e9)
+    return 0
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+_PIECE = 256 * 1024
+_ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
+_GZIP_FEED = 64 * 1024
+_ZSTD_FEED = 1024  # a zstd block of 4 bytes may unpack to 128 KiB, so this many to 32 MiB
+
+
+def _gunzip() -> Any:
+    return zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+
+
+class ByteStream:
+    """The decompressed bytes of an open file, in pieces of bounded size.
+
+    Compression is told by the first bytes, never by the name. After the last piece, `damage` says
+    why a compressed stream ended early, or is None.
+    """
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._name = name
+        self._file = file
+        head = file.read(4)
+        file.seek(0)
+        self.compression: str | None = None
+        if head.startswith(b"\x1f\x8b"):
+            self.compression = "gzip"
+        elif head == _ZSTD_FRAME or (head[1:] == _ZSTD_SKIPPABLE and 0x50 <= head[0] <= 0x5F):
+            self.compression = "zstd"
+        self.damage: str | None = None
+
+    def size(self) -> int:
+        """Stored bytes."""
+        return self._file.seek(0, os.SEEK_END)
+
+    def pieces(self, start: int = 0) -> Iterator[bytes]:
+        """The bytes from the first on; from `start` on in a file that is not compressed."""
+        self._file.seek(start if self.compression is None else 0)
+        if self.compression == "gzip":
+            yield from self._unpack(_gunzip, _GZIP_FEED, (_PIECE,), zlib.error)
+        elif self.compression == "zstd":
+            new = zstandard.ZstdDecompressor().decompressobj
+            yield from self._unpack(new, _ZSTD_FEED, (), zstandard.ZstdError)
+        else:
+            while piece := self._file.read(_PIECE):
+                yield piece
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _unpack(
+        self, new: Callable[[], Any], feed: int, bound: tuple[int, ...], failure: type[Exception]
+    ) -> Iterator[bytes]:
+        """Unpack members (gzip) or frames (zstd) that follow each other, zeros between allowed.
+
+        Args:
+            new: makes the decompressor of one member.
+            feed: stored bytes that it is given at a time.
+            bound: most bytes that it may return at a time, where it knows such a bound. zstandard
+                does not, so it is fed little (its own stream reader takes a truncated file for a
+                whole one).
+            failure: what it raises.
+        """
+        member: Any = None
+        data = b""
+        while data or (data := self._file.read(feed)):
+            if member is None:
+                data = data.lstrip(b"\0")
+                if not data:
+                    continue
+                member = new()
+            try:
+                piece = member.decompress(data, *bound)
+            except failure as error:
+                self.damage = f"damaged {self.compression}: {self._name!r}: {error}"
+                return
+            data = member.unconsumed_tail
+            if member.eof:
+                member, data = None, member.unused_data
+            if piece:
+                yield piece
+        if member is not None:
+            self.damage = f"truncated {self.compression}: {self._name!r} ends too early"

@@ -1,0 +1,87 @@
+"""Which documents train, and which are kept for evaluation: a keyed hash against thresholds.
+
+The split of a document depends on its identity, a salt and the fractions alone: changing a fraction
+tokenizes and embeds nothing again, and a growing corpus moves no document from one split to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retro_data.artifact import keyed
+from retro_data.errors import RetroDataError
+
+Array = np.ndarray[Any, Any]
+
+SPLITS = ("train", "val", "test", "database")
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """Fractions of documents; train takes what the others leave.
+
+    Attributes:
+        val, test: shares of the documents of a corpus whose `split` is "hash".
+        salt: another salt is another split.
+    """
+
+    val: float = keyed(0.05)
+    test: float = keyed(0.05)
+    salt: str = keyed("retro_data")
+
+    def __post_init__(self) -> None:
+        if min(self.val, self.test) < 0 or self.val + self.test >= 1:
+            raise RetroDataError(
+                f"splits.val={self.val} and splits.test={self.test}: both must be at least 0 and "
+                "leave something to train on."
+            )
+
+
+def split_hash(keys: Array, salt: str) -> Array:
+    """A number in [0, 1) for each document, fixed by its identity and the salt.
+
+    Args:
+        keys: (D, 2) uint64.
+
+    Returns:
+        (D,) float64.
+    """
+    seed = np.frombuffer(hashlib.blake2b(salt.encode(), digest_size=16).digest(), "<u8")
+    mixed = _mix(_mix(keys[:, 0] ^ seed[0]) ^ keys[:, 1] ^ seed[1])
+    return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _mix(x: Array) -> Array:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), on uint64 with wrap-around."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def split_of_documents(keys: Array, split: str, settings: SplitSettings) -> Array:
+    """Index into SPLITS of each document.
+
+    Args:
+        keys: (D, 2) uint64 identities.
+        split: of their corpus: "hash", or one of SPLITS for all of them.
+
+    Returns:
+        (D,) uint8.
+    """
+    if split != "hash":
+        if split not in SPLITS:
+            raise RetroDataError(
+                f"corpus.split={split!r}: expected 'hash' or one of {', '.join(SPLITS)}."
+            )
+        return np.full(len(keys), SPLITS.index(split), np.uint8)
+    place = split_hash(keys, settings.salt)
+    train = 1 - settings.val - settings.test
+    codes = np.zeros(len(keys), np.uint8)
+    codes[place >= train] = SPLITS.index("val")
+    codes[place >= train + settings.val] = SPLITS.index("test")
+    return codes

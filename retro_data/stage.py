@@ -1,0 +1,328 @@
+"""The contract between stages and engines, and the one way a stage is brought to its end.
+
+A stage is a pure function of (finished parents, block). An engine decides where blocks are made.
+`complete` keeps what makes it safe to kill anything at any time: the plan is written before the
+first block, a receipt after each block, the manifest last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from retro_data import artifact, store
+from retro_data.artifact import Lease, artifact_key
+from retro_data.errors import RetroDataError
+from retro_data.progress import Progress
+
+log = logging.getLogger(__name__)
+
+Context = Any  # what a stage keeps open in a worker: models, memory maps, readers
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage wants.
+
+    Attributes:
+        gpu: one device a worker where the machine has any; a CPU worker otherwise.
+        threads: threads a CPU worker can use well; 0 means all that the machine has.
+        light: too little work to start a process for.
+    """
+
+    gpu: bool = False
+    threads: int = 1
+    light: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a stage's work; `extra` is JSON that only the stage reads."""
+
+    index: int
+    start: int
+    stop: int
+    extra: Any = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that a block is done: file name -> what it holds (rows, bytes, digest)."""
+
+    block: int
+    rows: int
+    files: dict[str, dict[str, Any]]
+    counts: dict[str, int]  # add up over blocks
+    notes: dict[str, Any]  # say something of this block alone
+    seconds: float
+    device: str
+
+
+@dataclass
+class BlockWriter:
+    """Writes the files of one block; what was written becomes the block's receipt."""
+
+    folder: Path
+    rows: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def array(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Save an array under `name` (relative to the artifact)."""
+        path = self._path(name)
+        artifact.save_array(path, array)
+        self.files[name] = {
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "sha256": artifact.array_digest(array),
+        }
+
+    def bytes(self, name: str, content: bytes) -> None:
+        with self.file(name) as handle:
+            handle.write(content)
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """Write a file of any kind under `name` (relative to the artifact)."""
+        path = self._path(name)
+        with artifact.new_file(path) as handle:
+            yield handle
+        entry = {"bytes": path.stat().st_size, "sha256": artifact.file_digest(path)}
+        self.files[name] = entry
+
+    def count(self, name: str, value: int) -> None:
+        """Add to a count; counts of all blocks are added up."""
+        self.counts[name] = self.counts.get(name, 0) + int(value)
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something of this block that is no count: JSON."""
+        self.notes[name] = value
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A file without a receipt is left over from a run that was killed: it proves nothing.
+        path.unlink(missing_ok=True)
+        return path
+
+
+class Stage(Protocol):
+    """A stage of the pipeline. Picklable: it holds settings and its parents' folders, no arrays."""
+
+    name: str
+    version: int
+    resources: Resources
+    unit: str  # of its rows, for the progress bar
+
+    def key_fields(self) -> dict[str, Any]: ...
+    def parents(self) -> dict[str, str]: ...
+    def blocks(self) -> Sequence[Block]: ...
+    def open(self, device: str) -> AbstractContextManager[Context]: ...
+    def make(self, context: Context, block: Block, out: BlockWriter) -> None: ...
+    def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]: ...
+
+
+class Engine(Protocol):
+    """Where blocks are made. Yields a receipt for each, in any order; raises the first failure."""
+
+    def run(self, stage: Stage, folder: Path, missing: Sequence[Block]) -> Iterator[Receipt]: ...
+
+
+def stage_key(stage: Stage) -> str:
+    return artifact_key(stage.name, stage.version, stage.key_fields(), stage.parents())
+
+
+def make_block(
+    stage: Stage, context: Context, block: Block, folder: Path, device: str
+) -> Receipt:
+    """Make one block in this process and return its receipt (used by every engine)."""
+    began = time.monotonic()
+    out = BlockWriter(folder)
+    stage.make(context, block, out)
+    seconds = round(time.monotonic() - began, 3)
+    return Receipt(block.index, out.rows, out.files, out.counts, out.notes, seconds, device)
+
+
+def tile(rows: int, block_rows: int) -> list[Block]:
+    """Blocks of at most `block_rows` rows that cover [0, rows)."""
+    starts = range(0, rows, block_rows)
+    return [Block(i, start, min(start + block_rows, rows)) for i, start in enumerate(starts)]
+
+
+# ---- bringing a stage to its end -------------------------------------------------------------------
+
+
+def complete(stage: Stage, folder: Path, engine: Engine) -> dict[str, Any]:
+    """Bring an artifact to its end, from whatever state it is in, and return its manifest.
+
+    Args:
+        stage: what to make; its parents must be finished.
+        folder: of the artifact; made when missing.
+        engine: where the missing blocks are made.
+
+    Raises:
+        RetroDataError: what a block raised, or a lease that was lost meanwhile.
+    """
+    manifest = artifact.read_manifest(folder)
+    if manifest is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Lease(folder, give_up=lambda: artifact.read_manifest(folder) is not None) as lease:
+            if lease.held:
+                manifest = _complete_under_lease(stage, folder, engine, lease)
+        if manifest is None:  # another process finished it while we waited
+            manifest = artifact.read_manifest(folder)
+            assert manifest is not None
+    if (folder / artifact.PARTS).exists():
+        with contextlib.suppress(OSError):  # a read-only root keeps them: they harm nobody
+            shutil.rmtree(folder / artifact.PARTS)
+    return manifest
+
+
+def _complete_under_lease(
+    stage: Stage, folder: Path, engine: Engine, lease: Lease
+) -> dict[str, Any]:
+    began = time.time()
+    blocks = _planned_blocks(stage, folder)
+    receipts = {receipt.block: receipt for receipt in read_receipts(folder)}
+    missing = [block for block in blocks if block.index not in receipts]
+    for path in folder.glob(f"**/{artifact.TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+    if receipts:
+        log.info("%s: going on, %d of %d blocks done", folder, len(receipts), len(blocks))
+    _make_missing(stage, folder, engine, missing, receipts, blocks)
+    ordered = [receipts[block.index] for block in blocks]
+    result = stage.finish(folder, ordered)
+    manifest = {
+        "stage": stage.name,
+        "version": stage.version,
+        "key": stage_key(stage),
+        "fields": stage.key_fields(),
+        "parents": stage.parents(),
+        "blocks": len(blocks),
+        "seconds": round(sum(r.seconds for r in ordered), 3),
+        "wall_seconds_of_last_run": round(time.time() - began, 3),
+        "devices": sorted({r.device for r in ordered}),
+        "libraries": artifact.library_versions(),
+        **result,
+    }
+    lease.check()
+    artifact.write_json(folder / artifact.MANIFEST, manifest)
+    return manifest
+
+
+def _planned_blocks(stage: Stage, folder: Path) -> list[Block]:
+    """The tiling of plan.json where there is one: a resume keeps it, whatever the settings say now."""
+    path = folder / artifact.PLAN
+    if not path.exists():
+        plan = {"key": stage_key(stage), "blocks": [asdict(block) for block in stage.blocks()]}
+        artifact.write_json(path, plan)
+    plan = artifact.read_json(path)
+    if plan["key"] != stage_key(stage):
+        raise RetroDataError(
+            f"{path} belongs to key {plan['key'][:16]}, this stage has {stage_key(stage)[:16]}: "
+            f"remove {folder} and run `retro-data prepare` again."
+        )
+    return [Block(**block) for block in plan["blocks"]]
+
+
+def read_receipts(folder: Path) -> list[Receipt]:
+    """Receipts kept so far; a last line torn by a kill counts as not written."""
+    path = folder / artifact.RECEIPTS
+    if not path.exists():
+        return []
+    receipts = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError, TypeError):
+                receipts.append(Receipt(**json.loads(line)))
+    return receipts
+
+
+def _make_missing(
+    stage: Stage,
+    folder: Path,
+    engine: Engine,
+    missing: Sequence[Block],
+    receipts: dict[int, Receipt],
+    blocks: Sequence[Block],
+) -> None:
+    if not missing:
+        return
+    total = sum(block.stop - block.start for block in blocks)
+    extents = {block.index: block.stop - block.start for block in blocks}
+    done = total - sum(extents[block.index] for block in missing)
+    with (
+        _open_receipts(folder / artifact.RECEIPTS) as journal,
+        Progress(stage.name, total, stage.unit, done) as progress,
+        contextlib.closing(engine.run(stage, folder, missing)) as made,
+    ):
+        for receipt in made:
+            journal.write((json.dumps(asdict(receipt)) + "\n").encode())
+            journal.flush()
+            os.fsync(journal.fileno())
+            receipts[receipt.block] = receipt
+            progress.advance(extents[receipt.block])
+    lost = [block.index for block in missing if block.index not in receipts]
+    if lost:
+        raise RetroDataError(f"{stage.name}: the engine ended without making blocks {lost[:10]}")
+
+
+@contextlib.contextmanager
+def _open_receipts(path: Path) -> Iterator[BinaryIO]:
+    """The journal opened for appending, after the last whole line."""
+    with open(path, "ab+") as handle:
+        handle.seek(0)
+        content = handle.read()
+        whole = content.rfind(b"\n") + 1
+        handle.truncate(whole)
+        handle.seek(0, os.SEEK_END)
+        yield handle
+
+
+# ---- what most stages' `finish` says --------------------------------------------------------------
+
+
+def array_entry(dtype: str, shape: Sequence[int], extents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Manifest entry of one array: extents are its consecutive row ranges with their digests."""
+    return {"dtype": dtype, "shape": list(shape), "extents": [dict(e) for e in extents]}
+
+
+def block_files(receipts: Sequence[Receipt]) -> dict[str, dict[str, Any]]:
+    """Manifest entries of files that stay as their blocks wrote them."""
+    return {name: entry for receipt in receipts for name, entry in receipt.files.items()}
+
+
+def total_counts(receipts: Sequence[Receipt]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for receipt in receipts:
+        for name, value in receipt.counts.items():
+            totals[name] = totals.get(name, 0) + value
+    return totals
+
+
+def lay_parts(folder: Path, receipts: Sequence[Receipt], name: str) -> dict[str, Any]:
+    """Lay the blocks' parts of the array `name` into that array, in block order.
+
+    Returns:
+        The manifest entry of the array, with one extent a block.
+    """
+    parts = [store.part_name(receipt.block, name) for receipt in receipts]
+    entries = [receipt.files[part] for receipt, part in zip(receipts, parts, strict=True)]
+    dtype = np.dtype(entries[0]["dtype"])
+    row_shape = tuple(entries[0]["shape"][1:])
+    rows = [entry["shape"][0] for entry in entries]
+    artifact.lay_arrays(folder / name, [folder / part for part in parts], dtype, row_shape, rows)
+    extents = [{"rows": r, "sha256": e["sha256"]} for r, e in zip(rows, entries, strict=True)]
+    return array_entry(dtype.str, (sum(rows), *row_shape), extents)

@@ -1,0 +1,56 @@
+"""Train the reference RETRO model on a corpus with its retrieved neighbors.
+
+    python train.py                                  the demo: the World Factbook, a few minutes on a CPU
+    python train.py data.corpus.path=… data/corpus=jsonl data/embedder=bert_base_cased
+    torchrun --nproc-per-node 8 train.py trainer.devices=8
+"""
+
+from __future__ import annotations
+
+import logging
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from retro_data import RetroDataError, RetroLM, show_sequence
+
+log = logging.getLogger("train")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(config: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and config.trainer.devices not in (1, "1"):
+        raise RetroDataError(
+            f"a multirun with trainer.devices={config.trainer.devices} would start the whole sweep "
+            "again in every process. Start each run by torchrun, or set trainer.devices=1."
+        )
+    seed_everything(config.seed)
+    datamodule = hydra.utils.instantiate(config.data)
+    datamodule.prepare_data()  # here already: the model wants to know the vocabulary
+    settings = OmegaConf.to_container(config.model, resolve=True)
+    model = RetroLM.from_datamodule(datamodule, evaluate_without_retrieval=True, **settings)
+    trainer = Trainer(
+        default_root_dir=HydraConfig.get().runtime.output_dir,
+        **OmegaConf.to_container(config.trainer, resolve=True),
+    )
+    trainer.fit(model, datamodule, ckpt_path=config.ckpt_path)
+    figures = trainer.validate(model, datamodule, verbose=False)[0]
+    if trainer.is_global_zero:
+        report(figures)
+        log.info("\n%s", show_sequence(datamodule, "val"))
+
+
+def report(figures: dict[str, float]) -> None:
+    """Validation figures with the neighbors on and off."""
+    for name in ("bits_per_byte", "bits_per_byte_served", "bits_per_token"):
+        if f"val/{name}" in figures:
+            on, off = figures[f"val/{name}"], figures[f"val/{name}_off"]
+            log.info("val %-22s neighbors on %.4f   off %.4f", name, on, off)
+    log.info("(one seed and a short training: too little to judge whether neighbors help)")
+
+
+if __name__ == "__main__":
+    main()

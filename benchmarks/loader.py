@@ -161,14 +161,15 @@ def fancy_indexing(dataset: RetroDataset, size: int) -> Iterator[int]:
 
 def gather_limit(dataset: RetroDataset, size: int) -> Iterator[int]:
     """The fewest memory operations: one overlapping gather for each token array, widened."""
-    tokens, ids = dataset.chunks.stores[0].tokens, dataset.neighbor_ids()[0]
+    tokens, ids = np.asarray(dataset.chunks.stores[0].tokens), dataset.neighbor_ids()[0]
     assert ids is not None
     k, last = dataset.num_neighbors, len(tokens) - 2
-    pairs = np.ndarray((last + 1,), f"V{4 * CHUNK}", np.asarray(tokens), strides=(2 * CHUNK,))
+    row_bytes = tokens.strides[0]
+    pairs: Array = np.ndarray((last + 1,), f"V{2 * row_bytes}", tokens, strides=(row_bytes,))
     for rows in _row_batches(dataset, size):
         inputs = tokens[rows].astype(np.int64)
         found = np.minimum(ids[rows, :k], last)
-        pairs[found.ravel()].view(np.uint16).astype(np.int64)
+        pairs[found.ravel()].view(tokens.dtype).astype(np.int64)
         yield inputs.size
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 RECEIPTS = "receipts.jsonl"
-LEASE = "lease.json"
+LEASE = "lease.json"  # also the beginning of what a lease is called while it is taken over
 PARTS = "parts"  # blocks that `finish` lays into one file; deleted once the manifest stands
 TEMPORARY = ".tmp-"
 COPY_BYTES = 8 * 2**20
@@ -371,7 +371,7 @@ class Lease:
                 "token": self.token,
                 "host": _host(),
                 "pid": os.getpid(),
-                "counter": self._counter,
+                "counter": f"{self._counter:012d}",  # of one length: a torn read is still JSON
             }
         ).encode()
 
@@ -413,7 +413,7 @@ class Lease:
             now = time.monotonic()
             if found != seen:
                 seen, since = found, now
-            elif now - since > self.stale_seconds or _is_dead_here(found):
+            if now - since > self.stale_seconds or _is_dead_here(found):
                 self._take_over(found)
                 continue
             if not told and now - since > 1.0:
@@ -423,7 +423,7 @@ class Lease:
 
     def _take_over(self, stale: dict[str, Any]) -> None:
         """Move the stale lease aside; put it back if it came alive between the look and the move."""
-        aside = self.path.with_name(f"{TEMPORARY}{self.token}")
+        aside = self.path.with_name(f"{LEASE}-{self.token}")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -441,7 +441,10 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.beat_seconds):
-            if not self._is_ours():
+            found = self._read()
+            if found is None:  # an observer holds it in hand, and will put it back
+                continue
+            if found.get("token") != self.token:
                 return
             self._counter += 1
             try:

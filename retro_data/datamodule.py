@@ -67,9 +67,9 @@ class RetroDataModule(_LightningDataModule):
     `eos_id`, `chunk_size` and `bytes_per_token` are known as soon as the data is prepared, so a
     model can be built before training: call `prepare_data()` first.
 
-    A checkpoint holds the position in global samples. Resumed inside an epoch, training goes on with
-    exactly the samples that are left, on any number of ranks and workers with the same global
-    batch size. (Weights are exact only from checkpoints where gradients were not being accumulated.)
+    A checkpoint holds the position in global samples. Resumed inside an epoch, training goes on
+    with exactly the samples that are left, on any number of ranks and workers with the same global
+    batch size. (Weights are exact only from checkpoints between accumulations of gradients.)
 
     Args:
         root: folder of all artifacts, on storage that all nodes share.
@@ -124,7 +124,7 @@ class RetroDataModule(_LightningDataModule):
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = prepare_data_per_node  # Lightning's own is set just above
-        self.root = _absolute(root)
+        self.root = _absolute(os.fspath(root))
         self.corpus = _with_absolute_paths(_plain(corpus))
         self._groups = {
             "tokenizer": _plain(tokenizer),
@@ -203,7 +203,7 @@ class RetroDataModule(_LightningDataModule):
         return self.prepared.tokenizer.bytes_per_token
 
     def dataset(self, split: str) -> RetroDataset:
-        """The sequences of "train", or of "val" or "test" as evaluation reads them; may be empty."""
+        """The sequences of "train", or of "val" or "test" as evaluation reads them."""
         if split not in self._datasets:
             self._datasets[split] = RetroDataset(
                 self.prepared.corpora,
@@ -289,7 +289,7 @@ class RetroDataModule(_LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The split "val"; in a fit without such documents, no loader: it goes without validation."""
+        """The split "val". A fit without such documents gets no loader and does not validate."""
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if fitting and not len(self.dataset("val")):
             return []
@@ -354,8 +354,9 @@ class RetroDataModule(_LightningDataModule):
         if self.trainer is None:
             position = self._sampler.state_dict()
         else:
-            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-            position = self._sampler.state_dict(done, self.trainer.num_training_batches)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            limit = self.trainer.num_training_batches
+            position = self._sampler.state_dict(progress.processed, limit)
         return {
             POSITION: 1,
             **position,
@@ -383,9 +384,9 @@ class RetroDataModule(_LightningDataModule):
             found = ", ".join(f"{name}={state_dict[name]}" for name in other)
             expected = ", ".join(f"{name}={own[name]}" for name in other)
             raise RetroDataError(
-                f"the checkpoint was saved while training on another order of samples: it has "
-                f"{found}; this DataModule has {expected}. Set what it has, or start a new run from "
-                "the checkpoint's weights alone."
+                "the checkpoint was saved while training on another order of samples: it has "
+                f"{found}; this DataModule has {expected}. Set what it has, or start a new run "
+                "from the checkpoint's weights alone."
             )
         saved, size = state_dict["global_batch_size"], self._global_batch_size()
         if state_dict["samples"] and saved != size:

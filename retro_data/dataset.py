@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -68,10 +68,10 @@ class SequencePlan:
         return len(self.first)
 
     def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
-        """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and for index -1."""
+        """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and of -1."""
         chunks = np.where(indices >= 0, self.chunks[indices], 0)
         position = np.arange(chunks_per_sequence)
-        rows = self.first[indices][:, None] + position
+        rows: Array = self.first[indices][:, None] + position
         rows[position >= chunks[:, None]] = -1
         return rows
 
@@ -143,13 +143,10 @@ class _ChunkReader:
         """
         if len(self.stores) == 1:
             return self.stores[0](rows)
-        store = _store_of(rows, self.first_rows)
         parts = []
-        for s in np.unique(store):
-            chosen = np.flatnonzero(store == s)
-            local = np.maximum(rows[chosen] - self.first_rows[s], -1)
-            tokens, lengths, documents = self.stores[s](local)
-            documents = np.where(local < 0, -1, self.first_documents[s] + documents)
+        for store, chosen, local in _by_store(rows, self.first_rows):
+            tokens, lengths, documents = self.stores[store](local)
+            documents = np.where(local < 0, -1, self.first_documents[store] + documents)
             parts.append((chosen, tokens, lengths, documents))
         back = np.argsort(np.concatenate([part[0] for part in parts]))
         tokens, lengths, documents = (
@@ -206,39 +203,49 @@ class _NeighborReader:
     ) -> None:
         self.first_rows = np.asarray(first_rows, np.int64)
         self.num_neighbors = num_neighbors
-        self.dtypes = [None if a is None else a.dtype for a in ids]
-        self.ids = [None if a is None else _overlapping(a, num_neighbors) for a in ids]
-        self.no_ids = [
-            None if items is None else _item(items, dtype, -1)
-            for items, dtype in zip(self.ids, self.dtypes, strict=True)
-        ]
+        self.ids = [None if a is None else _Ids(a, num_neighbors) for a in ids]
 
     def __call__(self, rows: Array) -> Array:
         """Neighbor ids (R, num_neighbors) int64 of rows (R,) int64; -1 for row -1."""
         if len(self.ids) == 1:
             return self._read(0, rows).astype(np.int64)
         found = np.empty((len(rows), self.num_neighbors), np.int64)
-        store = _store_of(rows, self.first_rows)
-        for s in np.unique(store):
-            chosen = np.flatnonzero(store == s)
-            found[chosen] = self._read(s, np.maximum(rows[chosen] - self.first_rows[s], -1))
+        for store, chosen, local in _by_store(rows, self.first_rows):
+            found[chosen] = self._read(store, local)
         return found
 
     def _read(self, store: int, rows: Array) -> Array:
-        items = self.ids[store]
-        if items is None:  # only rows of padding are looked for here
+        ids = self.ids[store]
+        if ids is None:  # only rows of padding are looked for here
             return np.full((len(rows), self.num_neighbors), -1)
-        found = items[np.maximum(rows, 0)]
-        found[rows < 0] = self.no_ids[store]
-        return found.view(self.dtypes[store]).reshape(len(rows), -1)
+        return ids(rows)
 
 
-def _store_of(rows: Array, first_rows: Array) -> Array:
-    return np.maximum(np.searchsorted(first_rows, rows, side="right") - 1, 0)
+class _Ids:
+    """`_NeighborReader` of one store."""
+
+    def __init__(self, ids: Array, num_neighbors: int) -> None:
+        self.dtype = ids.dtype
+        self.items = _overlapping(ids, num_neighbors)
+        self.none = _item(self.items, ids.dtype, -1)
+
+    def __call__(self, rows: Array) -> Array:
+        found: Array = self.items[np.maximum(rows, 0)]
+        found[rows < 0] = self.none
+        return found.view(self.dtype).reshape(len(rows), -1)
+
+
+def _by_store(rows: Array, first_rows: Array) -> Iterator[tuple[int, Array, Array]]:
+    """Each store that is asked: its number, the places of its rows in `rows`, its own rows."""
+    stores = np.searchsorted(first_rows, rows, side="right") - 1
+    stores = np.maximum(stores, 0)  # row -1, which is no chunk, is asked of the first
+    for store in np.unique(stores):
+        chosen = np.flatnonzero(stores == store)
+        yield int(store), chosen, np.maximum(rows[chosen] - first_rows[store], -1)
 
 
 def _overlapping(array: Array, width: int) -> Array:
-    """`width` items from the start of each row on as one opaque item, for rows that have so many."""
+    """`width` items from the start of each row on, as one opaque item; rows that have so many."""
     array = np.asarray(array)  # an ndarray is read faster than the memory map it views
     row_items = math.prod(array.shape[1:])
     while array.size < width:  # a view needs an item, if only one that is never looked at
@@ -277,7 +284,8 @@ class RetroDataset(Dataset[Batch]):
     """Sequences of one split with their neighbors, as finished batches.
 
     Hand it to a DataLoader with `collate_fn=retro_data.dataset.collate`; the loader asks for whole
-    batches by `__getitems__`. Index -1 is a row of padding: pad_id, labels -100, masks False, ids -1.
+    batches by `__getitems__`. Index -1 is a row of padding: pad_id, labels -100, masks False and
+    ids -1.
 
     Args:
         corpora: as `pipeline.open_prepared` gives them.

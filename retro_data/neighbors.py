@@ -21,7 +21,7 @@ from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
 from retro_data.exact import Neighbors, Vectors, nearest, rank
-from retro_data.index import SearchIndex, load_index, others
+from retro_data.index import SearchIndex, load_index
 from retro_data.stage import (
     Block,
     BlockWriter,
@@ -192,7 +192,7 @@ class NeighborStage:
         for width in (2 * k, 16 * k):
             if len(todo):
                 _, hits = index.search(queries[todo], min(width, int(before[-1])))
-                ids[todo] = others(hits, own[todo], k)
+                ids[todo] = _others(hits, own[todo], k)
                 todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
                 out.count(f"rows_short_after_{width}", len(todo))
         found = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
@@ -233,3 +233,10 @@ def _is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> A
         chunks.documents.first_chunk[document + 1] - 1 == np.arange(block.start, block.stop)
     )
 
+
+def _others(hits: Array, own: Array, k: int) -> Array:
+    """The first k hits of each row outside the query's own document, -1 at the end."""
+    keep = (hits >= 0) & ~((hits >= own[:, :1]) & (hits < own[:, 1:]))
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+    kept = np.where(np.take_along_axis(keep, order, 1), np.take_along_axis(hits, order, 1), -1)
+    return np.pad(kept, ((0, 0), (0, k - kept.shape[1])), constant_values=-1)

@@ -266,9 +266,11 @@ def prepare(settings: Settings, engine: Engine | None = None) -> None:
     engine = engine or LocalEngine(settings.engine)
     made, found = [], []
     for step in steps(settings):
-        if artifact.read_manifest(step.folder) is None:
+        finished = artifact.read_manifest(step.folder) is not None
+        if not finished:
             log.info("%s: preparing %s", step.title, step.folder)
-            manifest = complete(step.stage, step.folder, engine)
+        manifest = complete(step.stage, step.folder, engine)
+        if not finished:
             seconds = manifest["wall_seconds_of_last_run"]
             log.info("%s: %s rows in %.1f s", step.title, manifest.get("rows"), seconds)
             made.append(step)

@@ -287,10 +287,10 @@ class RetroLM(LightningModule):
         retrieval = self.retrieval if retrieval is None else retrieval
         at = torch.arange(ids.shape[1], device=ids.device)
         real = at[: self.chunk_size] < lengths[..., None]
-        # Causal, within a document, without padding; but each position sees itself: no NaN.
+        # Causal, within a document, without padding.
         document = documents.repeat_interleave(self.chunk_size, dim=1)
         visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
-        mask = (visible.tril() | (at[:, None] == at))[:, None]
+        mask = open_empty_rows(visible.tril())[:, None]
         slots = neighbor_slots(lengths, documents, self.chunk_size)
         encoded: Tensor | None = None
 

@@ -10,6 +10,7 @@ batch are the same for any number of ranks and workers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -34,7 +35,7 @@ def global_order(num_samples: int, seed: int, epoch: int) -> Array:
 
 
 def share_bounds(num_samples: int, num_batches: int, num_replicas: int, shares: Array) -> Array:
-    """Where shares begin in the order; share `batch * num_replicas + rank` ends where the next begins."""
+    """Where shares begin in the order, and the ones before them end: by batch, then by rank."""
     return shares * num_samples // (num_batches * num_replicas)
 
 
@@ -127,7 +128,9 @@ class GlobalOrderSampler(_BatchSampler):
         """Epoch of the order, and global samples in it, at which the next iteration will begin."""
         return self._loaded or (self.epoch + self._shift, 0)
 
-    def state_dict(self, batches: int | None = None, epoch_batches: float = np.inf) -> dict[str, int]:
+    def state_dict(
+        self, batches: int | None = None, epoch_batches: float = math.inf
+    ) -> dict[str, int]:
         """The position to resume from, as `load_state_dict` takes it.
 
         Args:

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,10 +83,11 @@ class BlockWriter:
         """Save an array under `name` (relative to the artifact)."""
         path = self._path(name)
         artifact.save_array(path, array)
+        header = len(artifact.npy_header(array.dtype, array.shape))
         self.files[name] = {
             "dtype": array.dtype.str,
             "shape": list(array.shape),
-            "sha256": artifact.array_digest(array),
+            "sha256": artifact.file_digest(path, header),  # of what lies there: the first one stays
         }
 
     def bytes(self, name: str, content: bytes) -> None:
@@ -113,8 +114,6 @@ class BlockWriter:
     def _path(self, name: str) -> Path:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file without a receipt is left over from a run that was killed: it proves nothing.
-        path.unlink(missing_ok=True)
         return path
 
 
@@ -179,8 +178,10 @@ def complete(stage: Stage, folder: Path, engine: Engine) -> dict[str, Any]:
     if manifest is None:
         folder.mkdir(parents=True, exist_ok=True)
         with Lease(folder, give_up=lambda: artifact.read_manifest(folder) is not None) as lease:
-            if lease.held:
-                manifest = _complete_under_lease(stage, folder, engine, lease)
+            if lease.held:  # perhaps just after another process finished
+                manifest = artifact.read_manifest(folder) or _complete_under_lease(
+                    stage, folder, engine, lease
+                )
         if manifest is None:  # another process finished it while we waited
             manifest = artifact.read_manifest(folder)
             assert manifest is not None
@@ -196,12 +197,12 @@ def _complete_under_lease(
     began = time.time()
     blocks = _planned_blocks(stage, folder)
     receipts = {receipt.block: receipt for receipt in read_receipts(folder)}
+    _remove_unproven(folder, receipts.values())
+    receipts = {b: r for b, r in receipts.items() if all((folder / f).exists() for f in r.files)}
     missing = [block for block in blocks if block.index not in receipts]
-    for path in folder.glob(f"**/{artifact.TEMPORARY}*"):
-        path.unlink(missing_ok=True)
     if receipts:
         log.info("%s: going on, %d of %d blocks done", folder, len(receipts), len(blocks))
-    _make_missing(stage, folder, engine, missing, receipts, blocks)
+    _make_missing(stage, folder, engine, missing, receipts, blocks, lease)
     ordered = [receipts[block.index] for block in blocks]
     result = stage.finish(folder, ordered)
     manifest = {
@@ -220,6 +221,16 @@ def _complete_under_lease(
     lease.check()
     artifact.write_json(folder / artifact.MANIFEST, manifest)
     return manifest
+
+
+def _remove_unproven(folder: Path, receipts: Iterable[Receipt]) -> None:
+    """Remove what a run that was killed left without a receipt: it proves nothing."""
+    proven = {name for receipt in receipts for name in receipt.files}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        kept = name in proven or name in (artifact.PLAN, artifact.RECEIPTS)
+        if not kept and not name.startswith(artifact.LEASE) and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _planned_blocks(stage: Stage, folder: Path) -> list[Block]:
@@ -257,6 +268,7 @@ def _make_missing(
     missing: Sequence[Block],
     receipts: dict[int, Receipt],
     blocks: Sequence[Block],
+    lease: Lease,
 ) -> None:
     if not missing:
         return
@@ -269,6 +281,7 @@ def _make_missing(
         contextlib.closing(engine.run(stage, folder, missing)) as made,
     ):
         for receipt in made:
+            lease.check()
             journal.write((json.dumps(asdict(receipt)) + "\n").encode())
             journal.flush()
             os.fsync(journal.fileno())

@@ -183,7 +183,8 @@ def test_training_plan_holds_every_chunk_once_and_nothing_else(sizes: list[int],
     rows = plan.rows(np.arange(len(plan)), n)
     assert rows.shape == (sum(-(-size // n) for size in sizes), n)
     assert sorted(rows[rows >= 0].tolist()) == list(range(sum(sizes)))
-    assert (plan.chunks == (rows >= 0).sum(1)).all() and (plan.chunks >= 1).all()
+    assert (plan.chunks == (rows >= 0).sum(1)).all()
+    assert (plan.chunks >= 1).all()
     document = np.repeat(np.arange(len(sizes)), sizes)
     for row in rows:
         assert len(set(document[row[row >= 0]])) == 1
@@ -200,10 +201,12 @@ def test_evaluation_plan_scores_each_chunk_once_with_context(
     starts = set(first.tolist())
     scored: Counter[int] = Counter()
     for begin, length, unscored in zip(plan.first, plan.chunks, plan.unscored, strict=True):
-        assert 0 < length <= n and 0 <= unscored < length
+        assert 0 < length <= n
+        assert 0 <= unscored < length
         scored.update(range(begin + unscored, begin + length))
         if unscored:  # not the document's first sequence: as long as it can be
-            assert length == n and unscored >= n - stride
+            assert length == n
+            assert unscored >= n - stride
         else:
             assert begin in starts or stride == n
     assert scored == Counter(range(sum(sizes)))
@@ -352,8 +355,10 @@ def test_a_real_token_equal_to_a_pad_value_stays_real(small: RetroDataset) -> No
 
 def test_index_minus_one_is_a_row_of_padding(small: RetroDataset) -> None:
     batch = small.__getitems__([0, -1])
-    assert (batch["input_ids"][1] == PAD).all() and (batch["labels"][1] == NO_LABEL).all()
-    assert (batch["neighbor_tokens"][1] == PAD).all() and not batch["neighbor_mask"][1].any()
+    assert (batch["input_ids"][1] == PAD).all()
+    assert (batch["labels"][1] == NO_LABEL).all()
+    assert (batch["neighbor_tokens"][1] == PAD).all()
+    assert not batch["neighbor_mask"][1].any()
     assert batch["chunk_lengths"][1].tolist() == [0, 0]
     assert batch["chunk_ids"][1].tolist() == batch["document_ids"][1].tolist() == [-1, -1]
     assert torch.equal(batch["input_ids"][0], small[0]["input_ids"])
@@ -450,7 +455,8 @@ def test_reading_never_changes_a_file(small: RetroDataset, tmp_path: Path) -> No
     assert look() == before
     chunks = small.chunks.stores[0]
     for array in (chunks.tokens, chunks.lengths, small.neighbors[0].ids):
-        assert isinstance(array, np.memmap) and array.mode == "r"
+        assert isinstance(array, np.memmap)
+        assert array.mode == "r"
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 
@@ -476,7 +482,8 @@ def test_workers_give_the_same_batches(small: RetroDataset, context: str) -> Non
     expected = list(DataLoader(small, batch_size=2, collate_fn=collate))
     assert len(batches) == len(expected) == 4
     for batch, wanted in zip(batches, expected, strict=True):
-        assert type(batch) is dict and list(batch) == list(wanted)
+        assert type(batch) is dict
+        assert list(batch) == list(wanted)
         assert all(torch.equal(batch[name], wanted[name]) for name in BATCH)
 
 

@@ -479,7 +479,8 @@ def test_fit_validate_checkpoint_and_load(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=2, log_every_n_steps=1)
     trainer.fit(model, train, held_out)
     assert math.isfinite(trainer.callback_metrics["train/loss"])
-    assert trainer.optimizers[0].param_groups[0]["lr"] < model.hparams["learning_rate"]
+    rate = model.hparams["learning_rate"] * learning_rate_factor(trainer.global_step, 2, 20)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
 

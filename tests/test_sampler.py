@@ -165,10 +165,10 @@ def test_state_counts_what_a_loader_handed_out() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(RetroDataError, match="global_batch_size=6 .* by 4 ranks"):
+    with pytest.raises(RetroDataError, match=r"global_batch_size=6 .* by 4 ranks"):
         GlobalOrderSampler(range(20), 6, num_replicas=4)
     sampler = GlobalOrderSampler(range(20), 6)
-    with pytest.raises(RetroDataError, match="position 4 .* global batch of 6"):
+    with pytest.raises(RetroDataError, match=r"position 4 .* global batch of 6"):
         sampler.load_state_dict({"epoch": 0, "samples": 4})
 
 

@@ -1,0 +1,548 @@
+"""Under real Trainers of both Lightnings: prepared once, every sample once, resumed exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sampler import on_ranks
+
+from retro_data import pipeline
+from retro_data.datamodule import POSITION, RetroDataModule
+from retro_data.engines import InlineEngine
+from retro_data.errors import RetroDataError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LIGHTNINGS = ("lightning.pytorch", "pytorch_lightning")
+CHUNK, SEQ_LEN = 8, 32
+
+
+# ---- a small corpus, prepared by the real pipeline -----------------------------------------------
+
+
+def write_encoder(folder: Path) -> str:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+    ]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(vocabulary), intermediate_size=16, **sizes)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_corpus(path: Path, documents: int = 40) -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(50)]
+    with path.open("w") as lines:
+        for i in range(documents):
+            text = " ".join(rng.choice(words, rng.integers(5, 60)))
+            lines.write(json.dumps({"id": f"d{i}", "text": text}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Arguments of a RetroDataModule whose artifacts are there."""
+    folder = tmp_path_factory.mktemp("datamodule")
+    write_corpus(folder / "corpus.jsonl")
+    given = {
+        "root": str(folder / "root"),
+        "corpus": {"name": "words", "path": str(folder / "corpus.jsonl")},
+        "chunk_size": CHUNK,
+        "tokenizer": {"vocab_size": 300},
+        "splits": {"val": 0.15, "test": 0.15},
+        "embedder": {"name": write_encoder(folder / "encoder")},
+        "neighbors": {"num_stored": 4},
+        "seq_len": SEQ_LEN,
+        "batch_size": 8,
+    }
+    pipeline.prepare(RetroDataModule(**given).settings(), InlineEngine())
+    return given
+
+
+# ---- models and Trainers that remember -----------------------------------------------------------
+
+
+def make_model(lightning: Any, **behaviour: Any) -> Any:
+    class Recorder(lightning.LightningModule):
+        """Remembers the first chunk of each sequence, which names it, of each batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: list[list[int]] = []
+            self.evaluated: list[list[int]] = []
+
+        def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            if len(self.seen) == behaviour.get("fail_at"):
+                raise ZeroDivisionError
+            self.seen.append(batch["chunk_ids"][:, 0].tolist())
+            return self.weight * 1
+
+        def _evaluate(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            self.evaluated.append(batch["chunk_ids"][:, 0].tolist())
+            return batch["chunk_ids"]
+
+        validation_step = test_step = predict_step = _evaluate
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            if behaviour.get("estimate"):
+                assert self.trainer.estimated_stepping_batches > 0
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    return Recorder()
+
+
+def make_saver(lightning: Any, hook: str, count: int, path: str) -> Any:
+    """A callback that saves a checkpoint the `count`-th time that `hook` is called."""
+
+    class Saver(lightning.Callback):
+        calls = 0
+
+    def save(self: Any, trainer: Any, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        if self.calls == count:
+            trainer.save_checkpoint(path)
+
+    setattr(Saver, hook, save)
+    return Saver()
+
+
+def make_trainer(lightning: Any, callback: Any = None, **options: Any) -> Any:
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0}
+    callbacks = [callback] if callback else []
+    return lightning.Trainer(
+        callbacks=callbacks, **{**dict.fromkeys(quiet, False), **defaults, **options}
+    )
+
+
+def fit(
+    arguments: dict[str, Any],
+    lightning: Any = None,
+    *,
+    kind: type[RetroDataModule] = RetroDataModule,
+    checkpoint: str | None = None,
+    callback: Any = None,
+    behaviour: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Train in a new process' place: new Trainer, model and DataModule. The batches it saw."""
+    lightning = lightning or importlib.import_module(LIGHTNINGS[0])
+    model = make_model(lightning, **(behaviour or {}))
+    trainer = make_trainer(lightning, callback, **options)
+    with contextlib.suppress(ZeroDivisionError):
+        trainer.fit(model, datamodule=kind(**arguments), ckpt_path=checkpoint)
+    return model.seen
+
+
+@pytest.fixture(params=LIGHTNINGS)
+def lightning(request: pytest.FixtureRequest) -> Any:
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: dict[str, Any]) -> list[list[int]]:
+    """Two epochs without an interruption."""
+    return fit(arguments)
+
+
+@pytest.fixture(scope="module")
+def steps(whole: list[list[int]]) -> int:
+    """Batches of an epoch."""
+    assert len(whole) % 2 == 0
+    assert len(whole) >= 12
+    return len(whole) // 2
+
+
+@pytest.fixture(scope="module")
+def inside(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint after three batches of the first epoch."""
+    lightning = importlib.import_module(LIGHTNINGS[0])
+    path = str(tmp_path_factory.mktemp("checkpoints") / "inside.ckpt")
+    fit(arguments, callback=make_saver(lightning, "on_train_batch_end", 3, path), max_epochs=1)
+    return path
+
+
+# ---- the way of the hooks ------------------------------------------------------------------------
+
+
+def test_it_works_without_a_trainer(arguments: dict[str, Any]) -> None:
+    data = RetroDataModule(**arguments)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].shape == (8, SEQ_LEN)
+    assert batch["neighbor_tokens"].shape == (8, SEQ_LEN // CHUNK, 2, 2 * CHUNK)
+    for name, dtype in (("labels", torch.int64), ("neighbor_mask", torch.bool)):
+        assert batch[name].dtype == dtype
+    assert data.pad_id == data.vocab_size == len(data.bytes_per_token)
+    assert data.eos_id is not None
+    assert data.eos_id < data.vocab_size
+    assert data.chunk_size == CHUNK
+
+
+def test_every_sequence_is_trained_on_once_an_epoch(
+    arguments: dict[str, Any], whole: list[list[int]], steps: int
+) -> None:
+    first = RetroDataModule(**arguments).dataset("train").plan.first.tolist()
+    for epoch in (whole[:steps], whole[steps:]):
+        assert sorted(i for batch in epoch for i in batch if i >= 0) == sorted(first)
+    assert whole[:steps] != whole[steps:]
+
+
+def test_both_lightnings_fit_evaluate_predict_and_load(
+    lightning: Any, arguments: dict[str, Any], whole: list[list[int]], tmp_path: Path
+) -> None:
+    model, data = make_model(lightning), RetroDataModule(**arguments)
+    trainer = make_trainer(lightning)
+    trainer.fit(model, datamodule=data)
+    assert model.seen == whole
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for split, run in (
+        ("val", trainer.validate),
+        ("test", trainer.test),
+        ("test", trainer.predict),
+    ):
+        model.evaluated.clear()
+        run(model, datamodule=data)
+        read = [i for batch in model.evaluated for i in batch if i >= 0]
+        assert read == data.dataset(split).plan.first.tolist(), run
+    again = RetroDataModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert dict(again.hparams) == dict(data.hparams)
+
+
+def test_workers_change_nothing(arguments: dict[str, Any], whole: list[list[int]]) -> None:
+    assert fit({**arguments, "num_workers": 1}) == whole
+
+
+def test_under_a_trainer_preparation_uses_its_devices(
+    lightning: Any, arguments: dict[str, Any]
+) -> None:
+    data = RetroDataModule(**arguments, engine={"workers": 1})
+    assert data.settings().engine.devices is None
+    make_trainer(lightning, max_epochs=0).fit(make_model(lightning), datamodule=data)
+    assert data.settings().engine.devices == ()
+    assert data.settings().engine.workers == 1
+
+
+# ---- preparing -----------------------------------------------------------------------------------
+
+
+def test_verify_builds_nothing_and_names_the_command(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    data = RetroDataModule(**{**arguments, "root": tmp_path / "new", "prepare": "verify"})
+    with pytest.raises(RetroDataError, match="retro-data prepare"):
+        data.prepare_data()
+    with pytest.raises(RetroDataError, match="retro-data prepare"):
+        _ = data.vocab_size
+    assert not (tmp_path / "new").exists()
+    RetroDataModule(**{**arguments, "prepare": "verify"}).prepare_data()
+
+
+def test_auto_only_verifies_where_root_is_read_only(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # chmod does not stop root
+    gone = {**arguments, "corpus": {"name": "words", "path": str(tmp_path / "not here")}}
+    RetroDataModule(**gone).prepare_data()
+    with pytest.raises(RetroDataError, match="not here"):
+        RetroDataModule(**gone, prepare="build").prepare_data()
+
+
+def test_unknown_settings_are_refused_at_once(arguments: dict[str, Any]) -> None:
+    with pytest.raises(RetroDataError, match=r"unknown setting neighbors.num_neighbors"):
+        RetroDataModule(**{**arguments, "neighbors": {"num_neighbors": 4}})
+    with pytest.raises(RetroDataError, match="prepare='yes'"):
+        RetroDataModule(**arguments, prepare="yes")
+
+
+def test_a_split_without_documents(lightning: Any, arguments: dict[str, Any]) -> None:
+    """No validation in a fit; an error where the split is asked for."""
+    trainer, model = make_trainer(lightning, max_epochs=1), make_model(lightning)
+    data = RetroDataModule(**{**arguments, "splits": {"val": 0.0, "test": 0.0}})
+    pipeline.prepare(data.settings(), InlineEngine())
+    trainer.fit(model, datamodule=data)
+    assert model.seen
+    assert not model.evaluated
+    for run, split in ((trainer.validate, "val"), (trainer.test, "test")):
+        with pytest.raises(RetroDataError, match=f"splits.{split}"):
+            run(model, datamodule=data)
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def test_omegaconf_arguments_are_saved_as_plain_values(
+    lightning: Any, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({**arguments, "database": {"splits": ["train", "database"]}})
+    data = RetroDataModule(**config)  # type: ignore[arg-type]
+    assert type(data.hparams["corpus"]) is dict
+    assert type(data.hparams["database"]) is dict
+    trainer = make_trainer(lightning, max_epochs=1)
+    trainer.fit(make_model(lightning), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["datamodule_hyper_parameters"]["corpus"] == arguments["corpus"]
+
+
+def test_paths_are_as_seen_from_where_hydra_was_started(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    hydra = {"runtime": {"cwd": str(tmp_path)}, "job": {"chdir": True}}
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": hydra}))
+    corpora = [
+        {"name": "a", "path": "corpora/a.txt"},
+        {"name": "b", "path": "s3://bucket/b"},
+        {"name": "c", "path": "org/hub", "format": "huggingface"},
+        {"name": "d", "path": "/data/d"},
+    ]
+    data = RetroDataModule(**{**arguments, "root": "root", "corpus": corpora})
+    assert data.root == data.hparams["root"] == str(tmp_path / "root")
+    expected = [str(tmp_path / "corpora/a.txt"), "s3://bucket/b", "org/hub", "/data/d"]
+    assert [corpus["path"] for corpus in data.hparams["corpus"]] == expected
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+ITERATION = {"max_epochs": -1, "max_steps": 12}
+
+
+@pytest.mark.parametrize(
+    ("hook", "count", "options"),
+    [
+        ("on_train_batch_end", 2, {}),
+        ("on_train_batch_end", "steps", {}),
+        ("on_train_batch_end", "steps + 1", {}),
+        ("on_train_epoch_end", 1, {}),
+        ("on_validation_end", 1, {}),
+        ("on_validation_end", 1, {"val_check_interval": 2}),
+        ("on_train_batch_end", 2, {"accumulate_grad_batches": 2}),
+        ("on_train_batch_end", 2, {"limit_train_batches": 3}),
+        ("on_train_epoch_end", 1, {"limit_train_batches": 3}),
+        ("on_train_batch_end", 2, {"reload_dataloaders_every_n_epochs": 1}),
+        ("on_train_batch_end", "steps + 1", {"behaviour": {"estimate": True}}),
+        ("on_train_batch_end", 2, ITERATION),
+        ("on_train_end", 1, ITERATION),
+        ("on_exception", 1, {"behaviour": {"fail_at": 3}}),
+    ],
+)
+def test_a_resumed_run_sees_exactly_what_is_left(
+    arguments: dict[str, Any],
+    steps: int,
+    tmp_path: Path,
+    hook: str,
+    count: int | str,
+    options: dict[str, Any],
+) -> None:
+    """Whatever saved the checkpoint, and whatever the Trainer makes of epochs."""
+    lightning = importlib.import_module(LIGHTNINGS[0])
+    path = str(tmp_path / "a.ckpt")
+    count = {"steps": steps, "steps + 1": steps + 1}.get(count, count)  # type: ignore[call-overload]
+    uninterrupted = fit(arguments, **{**options, "behaviour": None})
+    first = dict(options)
+    if hook == "on_train_end":  # stopped inside an epoch, to be trained for longer
+        first["max_steps"] = 4
+    fit(arguments, callback=make_saver(lightning, hook, count, path), **first)
+    state = torch.load(path, weights_only=True)[RetroDataModule.__qualname__]
+    epoch = min(steps, options.get("limit_train_batches", steps))
+    done = state["epoch"] * epoch + state["samples"] // 8
+    assert 0 < done < len(uninterrupted)
+    second = {**options, "behaviour": {**options.get("behaviour", {}), "fail_at": None}}
+    assert fit(arguments, checkpoint=path, **second) == uninterrupted[done:]
+
+
+def test_both_lightnings_resume(
+    lightning: Any, arguments: dict[str, Any], whole: list[list[int]], inside: str
+) -> None:
+    assert fit(arguments, lightning, checkpoint=inside) == whole[3:]
+
+
+def test_an_epoch_that_the_trainer_left_is_not_taken_up_again(
+    arguments: dict[str, Any], whole: list[list[int]], steps: int, tmp_path: Path
+) -> None:
+    lightning = importlib.import_module(LIGHTNINGS[0])
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    assert fit(arguments, callback=Stop()) == whole[:1]
+    assert fit(arguments, checkpoint=str(tmp_path / "a.ckpt")) == whole[steps:]
+
+
+def test_a_second_fit_starts_at_the_beginning(
+    lightning: Any, arguments: dict[str, Any], whole: list[list[int]], inside: str
+) -> None:
+    data = RetroDataModule(**arguments)
+    for checkpoint, expected in ((inside, whole[3:]), (None, whole)):
+        model = make_model(lightning)
+        make_trainer(lightning).fit(model, datamodule=data, ckpt_path=checkpoint)
+        assert model.seen == expected
+
+
+class Derived(RetroDataModule):
+    """A subclass, which Lightning saves and restores under another name."""
+
+
+def test_the_position_passes_between_a_class_and_its_subclass(
+    lightning: Any, arguments: dict[str, Any], whole: list[list[int]], inside: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "derived.ckpt")
+    saver = make_saver(lightning, "on_train_batch_end", 1, path)
+    assert fit(arguments, lightning, kind=Derived, checkpoint=inside, callback=saver) == whole[3:]
+    assert fit(arguments, lightning, kind=Derived, checkpoint=path) == whole[4:]
+    assert fit(arguments, lightning, checkpoint=path) == whole[4:]
+
+
+def test_another_order_of_samples_is_refused_while_fitting_only(
+    lightning: Any, arguments: dict[str, Any], inside: str
+) -> None:
+    other = {**arguments, "seed": 1, "seq_len": 2 * SEQ_LEN}
+    with pytest.raises(RetroDataError, match=f"seq_len={SEQ_LEN}, seed=0.*seq_len=64, seed=1"):
+        fit(other, lightning, checkpoint=inside)
+    trainer, model, data = make_trainer(lightning), make_model(lightning), RetroDataModule(**other)
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(model, datamodule=data, ckpt_path=inside)
+    assert model.evaluated
+
+
+def test_other_data_is_refused(arguments: dict[str, Any], inside: str) -> None:
+    other = {**arguments, "splits": {"val": 0.0, "test": 0.0}}
+    pipeline.prepare(RetroDataModule(**other).settings(), InlineEngine())
+    with pytest.raises(RetroDataError, match=r"data=.*this DataModule has data="):
+        fit(other, checkpoint=inside)
+
+
+def test_another_global_batch_size_is_refused_inside_an_epoch(
+    arguments: dict[str, Any], steps: int, inside: str, tmp_path: Path
+) -> None:
+    smaller = {**arguments, "batch_size": 4}
+    with pytest.raises(RetroDataError, match=r"size of 8; this run's is 4: .* global_batch_size=8"):
+        fit(smaller, checkpoint=inside)
+    assert fit({**smaller, "global_batch_size": 8}, checkpoint=inside)
+    lightning = importlib.import_module(LIGHTNINGS[0])
+    path = str(tmp_path / "end.ckpt")
+    fit(arguments, callback=make_saver(lightning, "on_train_epoch_end", 1, path), max_epochs=1)
+    assert len(fit(smaller, checkpoint=path)) > steps
+
+
+def test_a_lost_position_is_an_error_with_both_numbers(
+    arguments: dict[str, Any], inside: str, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(inside, weights_only=True)
+    assert POSITION in checkpoint.pop("RetroDataModule")
+    torch.save(checkpoint, tmp_path / "lost.ckpt")
+    with pytest.raises(RetroDataError, match=r"at 0 global samples .* 3 batches .* is 24"):
+        fit(arguments, checkpoint=str(tmp_path / "lost.ckpt"))
+
+
+def test_a_loop_of_ones_own_resumes_too(arguments: dict[str, Any]) -> None:
+    def loader(data: RetroDataModule) -> Any:
+        data.setup("fit")
+        return data.train_dataloader()
+
+    batches = [batch["chunk_ids"].tolist() for batch in loader(RetroDataModule(**arguments))]
+    data = RetroDataModule(**arguments)
+    for _, batch in zip(range(3), loader(data), strict=False):
+        assert batch["chunk_ids"].tolist() in batches
+    state = data.state_dict()
+    assert state["samples"] == 24
+    again = RetroDataModule(**arguments)
+    again.setup("fit")
+    again.load_state_dict(state)
+    resumed = [batch["chunk_ids"].tolist() for batch in again.train_dataloader()]
+    assert resumed == batches[3:]
+
+
+def test_a_datamodule_can_be_pickled(arguments: dict[str, Any]) -> None:
+    data = RetroDataModule(**arguments)
+    data.setup("fit")
+    next(iter(data.train_dataloader()))
+    again = pickle.loads(pickle.dumps(data))
+    assert len(again.dataset("train")) == len(data.dataset("train"))
+
+
+# ---- two real ranks ------------------------------------------------------------------------------
+
+
+def on_one_rank(arguments: dict[str, Any], broken: dict[str, Any], checkpoint: str) -> Any:
+    """Resume what one rank began, with validation after the epoch; then fail to prepare."""
+    lightning = importlib.import_module(LIGHTNINGS[0])
+    model = make_model(lightning)
+    trainer = make_trainer(lightning, strategy="ddp", devices=2, max_epochs=1)
+    trainer.fit(model, datamodule=RetroDataModule(**arguments), ckpt_path=checkpoint)
+    trainer = make_trainer(lightning, strategy="ddp", devices=2)
+    try:
+        trainer.fit(make_model(lightning), datamodule=RetroDataModule(**broken))
+    except RetroDataError:
+        return model.seen, model.evaluated, traceback.format_exc()
+    return model.seen, model.evaluated, "no error"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    arguments: dict[str, Any], inside: str, tmp_path_factory: pytest.TempPathFactory
+) -> list[Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    shared = {**arguments, "global_batch_size": 8}
+    broken = {**arguments, "root": str(folder / "new"), "prepare": "verify"}
+    answers = on_ranks(2, on_one_rank, folder, shared, broken, inside)
+    assert all(isinstance(answer, tuple) for answer in answers), answers
+    return answers
+
+
+def test_two_ranks_go_on_where_one_stopped(
+    two_ranks: list[Any], whole: list[list[int]], steps: int
+) -> None:
+    first, second = (seen for seen, _, _ in two_ranks)
+    assert all(len(batch) == 4 for batch in first + second)
+    together = [sorted(a + b) for a, b in zip(first, second, strict=True)]
+    assert together == [sorted(batch) for batch in whole[3:steps]]
+
+
+def test_two_ranks_evaluate_each_sample_once(
+    two_ranks: list[Any], arguments: dict[str, Any]
+) -> None:
+    first, second = (evaluated for _, evaluated, _ in two_ranks)
+    assert len(first) == len(second)
+    evaluated = [i for batch in first + second for i in batch if i >= 0]
+    expected = RetroDataModule(**arguments).dataset("val").plan.first.tolist()
+    assert sorted(evaluated) == sorted(expected)
+
+
+def test_a_failure_to_prepare_is_raised_on_all_ranks_with_its_cause(two_ranks: list[Any]) -> None:
+    for _, _, text in two_ranks:
+        assert "prepare_data failed on rank 0" in text
+        assert "holds no data prepared with these settings" in text

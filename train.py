@@ -1,13 +1,15 @@
 """Train the reference RETRO model on a corpus with its retrieved neighbors.
 
-    python train.py                                  the demo: the World Factbook, a few minutes on a CPU
-    python train.py data.corpus.path=… data/corpus=jsonl data/embedder=bert_base_cased
-    torchrun --nproc-per-node 8 train.py trainer.devices=8
+`python train.py` is the demo: the World Factbook, a few minutes on a CPU. Everything can be
+overridden, e.g. `python train.py data/corpus=jsonl data.corpus.path=wiki.jsonl`; several GPUs:
+`torchrun --nproc-per-node 8 train.py trainer.devices=8`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,11 +32,12 @@ def main(config: DictConfig) -> None:
     seed_everything(config.seed)
     datamodule = hydra.utils.instantiate(config.data)
     datamodule.prepare_data()  # here already: the model wants to know the vocabulary
-    settings = OmegaConf.to_container(config.model, resolve=True)
-    model = RetroLM.from_datamodule(datamodule, evaluate_without_retrieval=True, **settings)
+    model = RetroLM.from_datamodule(
+        datamodule, evaluate_without_retrieval=True, **plain(config.model)
+    )
     trainer = Trainer(
         default_root_dir=HydraConfig.get().runtime.output_dir,
-        **OmegaConf.to_container(config.trainer, resolve=True),
+        **plain(config.trainer),
     )
     trainer.fit(model, datamodule, ckpt_path=config.ckpt_path)
     figures = trainer.validate(model, datamodule, verbose=False)[0]
@@ -43,7 +46,11 @@ def main(config: DictConfig) -> None:
         log.info("\n%s", show_sequence(datamodule, "val"))
 
 
-def report(figures: dict[str, float]) -> None:
+def plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def report(figures: Mapping[str, float]) -> None:
     """Validation figures with the neighbors on and off."""
     for name in ("bits_per_byte", "bits_per_byte_served", "bits_per_token"):
         if f"val/{name}" in figures:

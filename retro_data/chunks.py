@@ -83,7 +83,7 @@ class ChunkSettings:
             )
 
 
-# ---- tokens to chunks ------------------------------------------------------------------------------
+# ---- tokens to chunks ----------------------------------------------------------------------------
 
 
 def cut_chunks(ids: Array, sizes: Array, chunk_size: int, pad_id: int) -> tuple[Array, Array, Array]:
@@ -123,7 +123,7 @@ def with_bos(ids: Array, sizes: Array, bos_id: int) -> tuple[Array, Array]:
     return np.insert(ids, starts, bos_id), sizes + some
 
 
-# ---- encoders --------------------------------------------------------------------------------------
+# ---- encoders ------------------------------------------------------------------------------------
 
 
 def reference_encoder(tokenizer: LmTokenizer) -> Encode:
@@ -169,16 +169,18 @@ def _require_agreement(fast: Encode, reference: Encode, texts: list[str]) -> Non
     share = max(1, int(sum(map(len, texts)) * CHECK_SHARE), CHECK_LEAST) // 32
     step = max(1, len(texts) // 32)
     sample = [text[:share] for text in texts[::step]]
-    (ids, sizes), (true_ids, true_sizes) = fast(sample), reference(sample)
-    if not (np.array_equal(sizes, true_sizes) and np.array_equal(ids, true_ids)):
-        row = int(np.flatnonzero(sizes != true_sizes)[0]) if (sizes != true_sizes).any() else 0
-        raise RetroDataError(
-            f"tokenizer_backend=nanotoken tokenizes a document of this corpus otherwise than the "
-            f"tokenizer itself (it begins {sample[row][:60]!r}). Set tokenizer_backend=tokenizers."
-        )
+    found, expected = (
+        np.split(ids, np.cumsum(sizes)[:-1]) for ids, sizes in (fast(sample), reference(sample))
+    )
+    for text, ids, true_ids in zip(sample, found, expected, strict=True):
+        if not np.array_equal(ids, true_ids):
+            raise RetroDataError(
+                "tokenizer_backend=nanotoken tokenizes a document of this corpus otherwise than the "
+                f"tokenizer itself (it begins {text[:60]!r}). Set tokenizer_backend=tokenizers."
+            )
 
 
-# ---- the stage -------------------------------------------------------------------------------------
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -10,6 +10,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retro_data.errors import RetroDataError
@@ -46,10 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Data for retrieval-enhanced language models.",
         epilog="Everything after the options is a Hydra override, e.g. data.corpus.path=wiki.jsonl",
     )
-    parser.add_argument("command", choices=list(COMMANDS), help="; ".join(map(": ".join, COMMANDS.items())))
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in COMMANDS.items())
+    parser.add_argument("command", choices=list(COMMANDS), help=meanings)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the data group")
     parser.add_argument("--config-dir", help="folder of your own configuration")
-    parser.add_argument("--config-name", default="cli", help="configuration that holds a `data` node")
+    parser.add_argument("--config-name", default="cli", help="your configuration, with a `data`")
     parser.add_argument("--split", default="train", help="inspect: train, val or test")
     parser.add_argument("--index", type=int, default=0, help="inspect: which sequence")
     parser.add_argument("--verbose", action="store_true")
@@ -61,12 +64,10 @@ def _datamodule(options: argparse.Namespace) -> RetroDataModule:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    place: AbstractContextManager[None]
     if options.config_dir is not None:
-        from pathlib import Path
-
-        place = hydra.initialize_config_dir(
-            str(Path(options.config_dir).absolute()), version_base="1.3"
-        )
+        folder = str(Path(options.config_dir).absolute())
+        place = hydra.initialize_config_dir(folder, version_base="1.3")
     else:
         place = hydra.initialize_config_module("retro_data.configs", version_base="1.3")
     try:

@@ -184,7 +184,8 @@ class Database:
                     f"{chunks.folder}. Remove it and run `retro-data prepare` again."
                 )
         self.vectors = Vectors([block for vectors in embeddings for block in vectors.blocks()])
-        documents = [artifact.open_array(place.folder / name) for name in sorted(manifest["arrays"])]
+        names = [store.admitted_name(i) for i in range(len(manifest["arrays"]))]
+        documents = [artifact.open_array(place.folder / name) for name in names]
         self.admitted = np.concatenate(
             [
                 np.repeat(admitted, np.diff(chunks.documents.first_chunk))

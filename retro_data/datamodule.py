@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
 log = logging.getLogger(__name__)
 
 PREPARE = ("auto", "build", "verify")
+UNTRUE_WARNINGS = (  # Lightning's advice, which does not hold for these loaders
+    ".*does not have many workers which may be a bottleneck",
+    ".*ended before the epoch ended and your dataloader is not resumable",
+)
 POSITION = "retro_data_position"  # marks our state in a checkpoint, whatever class saved it
 ORDER_FIELDS = ("data", "seq_len", "mode", "seed")  # what the order of samples depends on
 
@@ -254,6 +259,8 @@ class RetroDataModule(_LightningDataModule):
         self._prepared = None
         self._datasets.clear()
         log.debug("opened %s", self.prepared.key)
+        for untrue in UNTRUE_WARNINGS:
+            warnings.filterwarnings("ignore", untrue)
 
     def _is_distributed(self) -> bool:
         return self.trainer is not None and self.trainer.world_size > 1
@@ -280,10 +287,11 @@ class RetroDataModule(_LightningDataModule):
         dataset = self._required("train")
         self._resume_saved_by_another_class()
         size = self._global_batch_size()
+        first = self._sampler is None
         if self._sampler is None or self._sampler.global_batch_size != size:
             self._sampler = GlobalOrderSampler(dataset, size, **self._place(), seed=self.seed)
-            if self._loaded is not None:
-                self._sampler.load_state_dict(self._loaded)
+        if first and self._loaded is not None:
+            self._sampler.load_state_dict(self._loaded)
         loader = _TrainLoader(dataset, sampler=self._sampler, **self._loader_settings())
         loader.before_first = self._check_position
         return loader
@@ -406,9 +414,9 @@ class RetroDataModule(_LightningDataModule):
         subclass was derived from, is not given it.
         """
         trainer = self.trainer
-        if trainer is None or trainer.state.fn != "fit" or not trainer.ckpt_path:
+        if self._sampler is not None or self._loaded is not None:
             return
-        if self._loaded is not None:
+        if trainer is None or trainer.state.fn != "fit" or not trainer.ckpt_path:
             return
         checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
         for value in checkpoint.values():
@@ -418,9 +426,15 @@ class RetroDataModule(_LightningDataModule):
     def _check_position(self, loader: DataLoader[Any]) -> None:
         """Hold the position against the Trainer's own count, before the first batch of an epoch."""
         trainer, sampler = self.trainer, self._sampler
-        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
-            return
         if sampler is None or loader.sampler is not sampler:
+            return
+        if trainer is None and self._place()["num_replicas"] != sampler.num_replicas:
+            raise RetroDataError(
+                f"the train loader was made for {sampler.num_replicas} process, and is read by "
+                f"{self._place()['num_replicas']}, each of which would train on everything. Hand "
+                "the DataModule itself to the Trainer: trainer.fit(model, datamodule=...)."
+            )
+        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
             return
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         epoch, samples = sampler.next_position

@@ -225,7 +225,7 @@ class _Ids:
     """`_NeighborReader` of one store."""
 
     def __init__(self, ids: Array, num_neighbors: int) -> None:
-        self.dtype = ids.dtype
+        self.dtype: np.dtype[Any] = ids.dtype
         self.items = _overlapping(ids, num_neighbors)
         self.none = _item(self.items, ids.dtype, -1)
 

@@ -199,7 +199,8 @@ class Embedder:
     def _widths(self) -> Array:
         """Lengths to which texts are padded: a text's own length alone decides, not its batch."""
         steps = [*range(8, 128, 8), *range(128, 256, 16), *range(256, self.limit + 64, 64)]
-        return np.unique(np.minimum(steps, self.limit))
+        widths: Array = np.unique(np.minimum(steps, self.limit))
+        return widths
 
     def _batches(self, sizes: Array) -> Iterator[tuple[Array, int]]:
         """Rows of equal padded length, as many a batch as `batch_tokens` allows."""
@@ -239,7 +240,7 @@ class Embedder:
         seen = width < mask.sum(1, keepdim=True) + specials
         states = self.model(input_ids=ids, attention_mask=seen.long()).last_hidden_state.float()
         if self.settings.pooling == "cls":
-            pooled = states[:, 0]
+            pooled: torch.Tensor = states[:, 0]
         else:
             weight = mask.unsqueeze(-1)
             pooled = (states * weight).sum(1) / weight.sum(1)

@@ -15,19 +15,19 @@ approximate top-k on accelerators, Chern et al. 2022, "TPU-KNN", here without it
 And the threshold rises from tile to tile, so that later tiles open almost nothing.
 
 Why the result is exact. A float32 score differs from the true one by at most a bound E (see
-`_Panel.error`). If k rows have scores of at least t, a row below ``t - 2E`` is farther than all of
-them and is dropped; every other row stays a candidate. Where near-ties exceed the room for
-candidates, those of that query are decided by exact distance at once. What remains is ranked by
-``(distance, id)``, the distance being summed in float64 in an order that depends on nothing but
-``d``, then rounded to float32. So tiles, threads, memory and the block of queries change no bit of
-the result, and lists of row ranges merge by ``(distance, id)`` into the list of the whole.
+`_Panel._margin`). If k rows have scores of at least t, a row below ``t - 2E`` is farther than all
+of them and is dropped; every other row stays a candidate. Where more rows than a list has room for
+lie that close, their exact distances decide at once. What remains is ranked by ``(distance, id)``,
+the distance being summed in float64 in an order that depends on nothing but ``d``, then rounded to
+float32. So tiles, threads, memory and the block of queries change no bit of the result, and lists
+of row ranges merge by ``(distance, id)`` into the list of the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -80,9 +80,9 @@ class Vectors:
         return int(self._starts[-1]), int(self._blocks[0].shape[1])
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype[Any]:
         """float16 or float32."""
-        return self._blocks[0].dtype
+        return np.dtype(self._blocks[0].dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop), 0 <= start <= stop <= N: a view where one block holds them."""
@@ -155,9 +155,7 @@ def nearest(
     return Neighbors(ids, distances)
 
 
-def rank(
-    queries: np.ndarray, database: Vectors, ids: np.ndarray, *, metric: Metric
-) -> Neighbors:
+def rank(queries: np.ndarray, database: Vectors, ids: np.ndarray, *, metric: Metric) -> Neighbors:
     """Candidates of each query in the order of their exact distances, as `nearest` has them.
 
     queries: (Q, d) float16 or float32.
@@ -168,7 +166,7 @@ def rank(
     order, keys = _order_by_distance(
         torch.from_numpy(np.array(queries)).float(),
         database,
-        torch.from_numpy(ids),
+        torch.from_numpy(np.array(ids)),
         torch.from_numpy(ids >= 0),
         metric,
         pairs=2048,
@@ -288,8 +286,8 @@ class _Sizes(NamedTuple):
     panel: int  # queries that stay in memory while the database passes
     rows: int  # queries whose scores are computed at once
     columns: int  # database rows in a tile
-    candidates: int  # room for each query
-    arrivals: int  # candidates that join a query's list at once
+    kept: int  # candidates a query keeps when its list is cut
+    listed: int  # candidates its list holds before it is cut
     pairs: int  # distances computed at once
 
 
@@ -297,15 +295,16 @@ def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int) -> _Sizes:
     def share(part: float, row_bytes: int, least: int, most: int) -> int:
         return min(max(int(memory_bytes * part) // row_bytes, least), most)
 
-    candidates = k + max(16, k // 2)
+    kept = k + max(16, k // 2)
+    listed = kept + max(64, 2 * k)
     # Float16 rows, their float32 copy and its square exist together for a moment: 10 bytes a value.
     columns = share(1 / 4, 10 * dim, 64, max(4096, 32 * k)) // _GROUP * _GROUP
     return _Sizes(
-        panel=share(1 / 2, 10 * dim + 12 * candidates + 64, 16, max(num_queries, 16)),
-        rows=share(1 / 16, 5 * columns, 16, 2048),
+        panel=share(1 / 2, 10 * dim + 12 * listed + 64, 16, max(num_queries, 16)),
+        rows=share(1 / 16, 5 * columns, 16, 1024),
         columns=columns,
-        candidates=candidates,
-        arrivals=max(64, 2 * k),
+        kept=kept,
+        listed=listed,
         pairs=share(1 / 16, 24 * dim, 64, 512),
     )
 
@@ -335,8 +334,9 @@ class _Panel:
         self.k, self.metric, self.sizes = k, metric, sizes
         self.reach = 0.0  # the largest norm among the database rows seen
         self.kth = torch.full((len(ids),), _LOWEST)
-        self.scores = torch.full((len(ids), sizes.candidates), -torch.inf)
-        self.ids = torch.full((len(ids), sizes.candidates), -1, dtype=torch.int64)
+        self.scores = torch.full((len(ids), sizes.listed), -torch.inf)
+        self.ids = torch.full((len(ids), sizes.listed), -1, dtype=torch.int64)
+        self.filled = torch.zeros(len(ids), dtype=torch.int64)  # places in use, from the left
 
     def add(self, tile: _Tile, buffer: torch.Tensor) -> None:
         """Scores every query against a tile and keeps what may be among the k nearest."""
@@ -344,24 +344,24 @@ class _Panel:
         width = len(tile.bias)
         for start in range(0, len(self.kth), self.sizes.rows):
             rows = slice(start, min(start + self.sizes.rows, len(self.kth)))
-            scores = buffer[: (rows.stop - start) * width].view(-1, width)
-            torch.addmm(tile.bias, self.queries[rows], tile.vectors.T, out=scores)
+            # One query a column: the maxima of groups of rows then read memory in order.
+            scores = buffer[: (rows.stop - start) * width].view(width, -1)
+            torch.addmm(tile.bias[:, None], tile.vectors, self.queries[rows].T, out=scores)
             self._hide_own(scores, rows, tile.ids)
-            # Strided groups: maxima over contiguous memory, six times as fast as adjacent columns.
-            self._open(scores.view(len(scores), _GROUP, width // _GROUP), rows, tile.ids)
+            self._open(scores.view(width // _GROUP, _GROUP, -1), rows, tile.ids)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query and their distances, as in `Neighbors`."""
-        worst = np.float32(np.inf)
         all_ids, all_keys = [], []
         for rows in torch.arange(len(self.kth)).split(self.sizes.rows):
-            valid = self.scores[rows] >= (self.kth[rows] - self._margin(rows))[:, None]
-            order, keys = self._rank(rows, self.ids[rows], valid & self.is_real[rows, None])
-            found = keys[:, : self.k] < worst
-            all_ids.append(np.where(found, self.ids[rows].gather(1, order)[:, : self.k], -1))
-            all_keys.append(keys[:, : self.k].numpy())
-        keys = np.concatenate(all_keys)
-        return np.concatenate(all_ids), keys if self.metric == "l2" else -keys
+            self._cut(rows)
+            ids, scores = self.ids[rows, : self.sizes.kept], self.scores[rows, : self.sizes.kept]
+            order, keys = self._rank(rows, ids, self._reaches(rows, scores))
+            found = (keys < torch.inf) & self.is_real[rows, None]
+            all_ids.append(ids.gather(1, order).where(found, -1)[:, : self.k])
+            all_keys.append(keys.where(found, torch.inf)[:, : self.k])
+        keys = torch.cat(all_keys)
+        return torch.cat(all_ids).numpy(), (keys if self.metric == "l2" else -keys).numpy()
 
     def _margin(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """2E for these queries: rows whose scores differ by more are ordered by them.
@@ -386,67 +386,71 @@ class _Panel:
         if not len(touched):
             return
         part = slice(touched[0], touched[-1] + 1)
-        columns = torch.arange(low[touched].min(), high[touched].max())
-        own = columns >= torch.from_numpy(low[part])[:, None]
-        own &= columns < torch.from_numpy(high[part])[:, None]
-        scores[part, columns[0] : columns[-1] + 1].masked_fill_(own, -torch.inf)
+        own = torch.arange(low[touched].min(), high[touched].max())[:, None]
+        inside = (own >= torch.from_numpy(low[part])) & (own < torch.from_numpy(high[part]))
+        scores[own[0] : own[-1] + 1, part].masked_fill_(inside, -torch.inf)
+
+    def _reaches(self, rows: slice | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Which of the (n, w) scores of these queries may be among their k nearest."""
+        return scores >= (self.kth[rows] - self._margin(rows))[:, None]
 
     def _open(self, scores: torch.Tensor, rows: slice, tile_ids: torch.Tensor) -> None:
-        """Finds the columns of (rows, group size, groups) scores that reach their threshold."""
-        maxima = scores.amax(1)
-        margin, kth = self._margin(rows), self.kth[rows]
-        opened = maxima >= (kth - margin)[:, None]
-        crowded = (opened.sum(1) > self.k).nonzero().squeeze(1)
+        """Finds the candidates in (groups, rows of a group, queries) scores."""
+        maxima = scores.amax(1).T
+        opened = self._reaches(rows, maxima)
+        crowded = (opened.sum(1) > 2 * self.k).nonzero().squeeze(1)
         if len(crowded):
-            # k groups hold k columns of at least the k-th maximum: seeds and lifts the threshold.
-            kth[crowded] = maxima[crowded].topk(self.k).values[:, -1]
-            opened = maxima >= (kth - margin)[:, None]
-        floor = kth - margin
-        limit = max(scores.numel() // 8, scores[0].numel())
-        step = len(scores) if opened.sum() * _GROUP <= limit else limit // scores[0].numel()
-        for first in range(0, len(scores), step):
-            row, group = opened[first : first + step].nonzero(as_tuple=True)
-            row += first
-            values = scores[row, :, group]
-            hit, member = (values >= floor[row, None]).nonzero(as_tuple=True)
-            ids = tile_ids[member * scores.shape[2] + group[hit]]
-            self._join(rows.start + row[hit], ids, values[hit, member])
+            # k groups hold k rows of at least the k-th maximum: seeds and lifts the threshold.
+            seen = rows.start + crowded
+            lifted = maxima[crowded].topk(self.k).values[:, -1]
+            self.kth[seen] = torch.maximum(self.kth[seen], lifted)
+            opened = self._reaches(rows, maxima)
+        query, group = opened.contiguous().nonzero(as_tuple=True)
+        for part in torch.arange(len(query)).split(max(scores.numel() // 128, 1)):
+            queries, groups = query[part], group[part]
+            values = scores[groups, :, queries]
+            queries += rows.start
+            hit, member = self._reaches(queries, values).nonzero(as_tuple=True)
+            ids = tile_ids[groups[hit] * _GROUP + member]
+            self._join(queries[hit], ids, values[hit, member])
 
     def _join(self, rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        """Candidates, ordered by query, join the lists of their queries."""
-        room = self.sizes.candidates
+        """Candidates, ordered by query, join the lists of their queries; full lists are cut."""
         while len(rows):
             queries, slot, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
-            rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[slot]
-            now = rank < self.sizes.arrivals
-            width = room + min(int(counts.max()), self.sizes.arrivals)
-            list_scores = torch.full((len(queries), width), -torch.inf)
-            list_ids = torch.full((len(queries), width), -1, dtype=torch.int64)
-            list_scores[:, :room], list_ids[:, :room] = self.scores[queries], self.ids[queries]
-            list_scores[slot[now], room + rank[now]] = scores[now]
-            list_ids[slot[now], room + rank[now]] = ids[now]
+            first = counts.cumsum(0) - counts
+            place = torch.arange(len(rows)) + (self.filled[queries] - first)[slot]
+            fits = place < self.sizes.listed
+            self.scores[rows[fits], place[fits]] = scores[fits]
+            self.ids[rows[fits], place[fits]] = ids[fits]
+            self.filled[queries] += counts
+            full = queries[self.filled[queries] >= self.sizes.listed]
+            if not len(full):
+                return
+            self._cut(full)
+            late = (~fits).nonzero().squeeze(1)
+            late = late[self._reaches(rows[late], scores[late, None])[:, 0]]
+            rows, ids, scores = rows[late], ids[late], scores[late]
 
-            best = list_scores.topk(room + 1)
-            self.scores[queries] = best.values[:, :room]
-            self.ids[queries] = list_ids.gather(1, best.indices[:, :room])
-            self.kth[queries] = torch.maximum(self.kth[queries], best.values[:, self.k - 1])
-            floor = self.kth[queries] - self._margin(queries)
-            full = (best.values[:, room] >= floor).nonzero().squeeze(1)
-            if len(full):
-                self._settle(queries[full], list_ids[full], list_scores[full])
-
-            later = ~now
-            later &= scores >= (self.kth[queries] - self._margin(queries))[slot]
-            rows, ids, scores = rows[later], ids[later], scores[later]
-
-    def _settle(self, rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        """Near-ties beyond the room for candidates: of these, the k nearest by exact distance."""
-        order, _ = self._rank(rows, ids, scores >= (self.kth[rows] - self._margin(rows))[:, None])
-        order = order[:, : self.k]
+    def _cut(self, rows: torch.Tensor) -> None:
+        """Lists of these queries shrink to what may be among the k nearest."""
+        k, kept = self.k, self.sizes.kept
+        ids, scores = self.ids[rows], self.scores[rows]
+        best, place = scores.topk(kept + 1)
+        self.kth[rows] = torch.maximum(self.kth[rows], best[:, k - 1])
+        reach = self._reaches(rows, best)
+        tied = reach[:, kept].nonzero().squeeze(1)
+        if len(tied):
+            # More near-ties than a list keeps: the exact distances of all of them decide.
+            valid = self._reaches(rows[tied], scores[tied])
+            order = self._rank(rows[tied], ids[tied], valid)[0][:, :k]
+            place[tied, :k], best[tied, :k] = order, scores[tied].gather(1, order)
+            best[tied, k:], reach[tied, k:] = -torch.inf, False
+            self.kth[rows[tied]] = torch.maximum(self.kth[rows[tied]], best[tied, :k].amin(1))
         self.scores[rows] = -torch.inf
-        self.scores[rows, : self.k] = scores.gather(1, order)
-        self.ids[rows, : self.k] = ids.gather(1, order)
-        self.kth[rows] = torch.maximum(self.kth[rows], self.scores[rows, : self.k].amin(1))
+        self.scores[rows, :kept] = best[:, :kept]
+        self.ids[rows, :kept] = ids.gather(1, place[:, :kept])
+        self.filled[rows] = reach[:, :kept].sum(1)
 
     def _rank(
         self, rows: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor
@@ -510,7 +514,7 @@ def _check(
     total, dim = database.shape
     if queries.shape[1] != dim:
         raise RetroDataError(
-            f"queries have {queries.shape[1]} columns, the database {dim}: embed both by one encoder"
+            f"queries have {queries.shape[1]} columns, the database {dim}: embed both alike"
         )
     if k < 1:
         raise RetroDataError(f"k is {k}; a search needs k of at least 1")

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +61,8 @@ class IndexSettings:
             needs no package beyond faiss.
         factory: a faiss factory string, e.g. "IVF4096,SQfp16"; None lets the planner choose.
         max_index_memory: largest size of the index, e.g. "16G"; also what building it takes.
-        memory_mapped: choose only what can be searched from a memory map, so no HNSW graph over all
-            vectors. (A graph is also slow to build here: one thread, or it would differ each time.)
+        memory_mapped: choose only what can be searched from disk through a memory map, so no HNSW
+            graph over all vectors, whose search jumps all over the file.
         max_query_ms: latency budget of one query on one thread. A slower index is told in a
             warning; time never decides, or no two machines would agree.
         target_recall: recall@`recall_at` that the search parameter must reach.
@@ -244,8 +244,12 @@ class _Builder:
     def _train(self) -> None:
         settings, dim = self.settings, self.database.shape[1]
         rows = int(np.count_nonzero(self.database.admitted))
-        self.factory = settings.factory or choose_factory(
-            *(settings.planner, rows, dim, settings.max_index_memory, settings.memory_mapped)
+        self.factory = (
+            settings.factory
+            if settings.factory is not None
+            else choose_factory(
+                *(settings.planner, rows, dim, settings.max_index_memory, settings.memory_mapped)
+            )
         )
         self.index = _create(self.factory, dim, self.metric)
         least, wanted = _training_rows(self.index)
@@ -288,7 +292,7 @@ class _Builder:
             inverted.cp.min_points_per_centroid = 1  # no words: the planner knows the rows
             if hasattr(inverted, "do_polysemous_training"):
                 inverted.do_polysemous_training = False  # minutes, for a filter that is not used
-            # Left to faiss, threads would race to link the graph of centroids.
+            # Left to faiss, the graph of centroids would be linked outside `_same_graph`.
             if inverted.quantizer_trains_alone in (0, 2):
                 self._train_centroids(inverted, self._transform(sample, train=True))
         self.index.train(sample)
@@ -302,7 +306,7 @@ class _Builder:
         clustering.train(sample, assigner)
         centroids = faiss.vector_to_array(clustering.centroids).reshape(inverted.nlist, inverted.d)
         inverted.quantizer.reset()
-        with _one_thread(faiss):
+        with _same_graph(faiss):
             inverted.quantizer.add(centroids)
 
     def _transform(self, vectors: Array, *, train: bool = False) -> Array:
@@ -336,7 +340,7 @@ class _Builder:
             inverted.add_core(len(ids), *map(faiss.swig_ptr, (vectors, ids, lists)))
             self.index.ntotal = inverted.ntotal
         elif isinstance(_innermost(self.index), faiss.IndexHNSW):
-            with _one_thread(faiss):  # several would race to link the graph: a new one each time
+            with _same_graph(faiss):
                 self.index.add_with_ids(vectors, ids)
         else:
             self.index.add_with_ids(vectors, ids)
@@ -402,6 +406,16 @@ def _draw(admitted: Array, count: int, rng: np.random.Generator) -> Array:
     """(<= count,) int64 admitted rows, each as likely as any other, ascending."""
     rows = np.flatnonzero(admitted)
     return np.sort(rng.choice(rows, min(count, len(rows)), replace=False, shuffle=False))
+
+
+def _same_graph(faiss: Any) -> AbstractContextManager[None]:
+    """Linking an HNSW graph within this makes the same graph each time.
+
+    Threads of older versions race; newer ones link batches that do not depend on each other.
+    """
+    has_fixed_order = hasattr(faiss, "hnsw_add_vertices_deterministic")
+    is_optional = hasattr(faiss.cvar, "hnsw_deterministic_build")
+    return nullcontext() if has_fixed_order and not is_optional else _one_thread(faiss)
 
 
 @contextmanager
@@ -490,21 +504,25 @@ def _measure(
         metric=metric,  # type: ignore[arg-type]
         excluded=own,
         admitted=added,
-        device=context.device,
     )
     if not (truth.ids >= 0).any():  # a single document: any parameter would look perfect
         return _Measured(steps[-1], None, 0.0, 0)
-    tried = []
+    tried, wide = [], queries.astype(np.float32)
     for step in steps:
         began = time.perf_counter()
-        ids = _search_others(index, step, queries.astype(np.float32), own, settings.recall_at)
+        ids = _search_others(index, step, wide, own, settings.recall_at)
         ms = 1000 * (time.perf_counter() - began) / len(rows)
         found = recall(ids, truth.ids)
         tried.append(_Measured(step, found, round(ms, 4), len(rows)))
         if found >= settings.target_recall:
             return tried[-1]
-    best = max(one.recall for one in tried if one.recall is not None)
-    return next(one for one in tried if one.recall is not None and one.recall >= best - PLATEAU)
+    return _first_of_the_best(tried)
+
+
+def _first_of_the_best(tried: Sequence[_Measured]) -> _Measured:
+    """The cheapest of those that find about as much as the one that finds most."""
+    recalls = np.array([one.recall for one in tried])
+    return tried[int(np.argmax(recalls >= recalls.max() - PLATEAU))]
 
 
 def _search_others(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
@@ -19,7 +19,7 @@ PLANNERS = ("autofaiss", "builtin")
 FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
 SMALL_ROWS = 10_000  # below, scanning everything costs less than a millisecond or two
-LARGEST_GRAPH_ROWS = 10_000_000  # a graph takes about a millisecond a row to build
+LARGEST_GRAPH_ROWS = 10_000_000  # linking a row into a graph takes a core about a millisecond
 MANY_LISTS = 2**14  # from here on, finding the nearest centroids needs an index of its own
 POINTS_PER_LIST = 39  # fewer than this and k-means centroids are noise (faiss' own limit)
 FLAT = "Flat"
@@ -40,6 +40,7 @@ def installed_faiss() -> list[str]:
     return found
 
 
+@cache  # looking through what is installed takes a millisecond
 def import_faiss() -> ModuleType:
     """The faiss module.
 
@@ -122,13 +123,15 @@ def choose_factory(planner: str, rows: int, dim: int, memory: str, memory_mapped
         RetroDataError: nothing fits (the numbers are in the message), or autofaiss is not there.
     """
     budget = parse_memory(memory)
-    propose = _autofaiss_candidates if planner == "autofaiss" else _builtin_candidates
-    for factory in propose(rows, dim, budget, memory_mapped):
-        if estimated_bytes(factory, rows, dim) <= budget:
+    if planner == "autofaiss":
+        candidates = _autofaiss_candidates(rows, dim, budget, memory_mapped)
+    else:
+        candidates = _builtin_candidates(rows, dim, memory_mapped)
+    sizes = [estimated_bytes(factory, rows, dim) for factory in candidates]
+    for factory, size in zip(candidates, sizes, strict=True):
+        if size <= budget:
             return factory
-    everything = propose(rows, dim, None, memory_mapped)
-    smallest = min(everything, key=lambda factory: estimated_bytes(factory, rows, dim))
-    need = estimated_bytes(smallest, rows, dim)
+    need, smallest = min(zip(sizes, candidates, strict=True))
     raise RetroDataError(
         f"no index of {rows} vectors of dimension {dim} fits index.max_index_memory={memory} "
         f"({budget} bytes): the smallest that planner {planner} knows, {smallest}, needs about "
@@ -137,12 +140,14 @@ def choose_factory(planner: str, rows: int, dim: int, memory: str, memory_mapped
     )
 
 
-def _autofaiss_candidates(
-    rows: int, dim: int, budget: int | None, memory_mapped: bool
-) -> Sequence[str]:
-    """What autofaiss proposes within a budget, best first; None: all that it could propose."""
+def _autofaiss_candidates(rows: int, dim: int, budget: int, memory_mapped: bool) -> list[str]:
+    """What autofaiss proposes, best first.
+
+    It counts neither ids nor centroids, so that its first word may not fit: it is asked again with
+    lower budgets, then for every quantization that it knows.
+    """
     try:
-        from autofaiss.external.optimize import get_optimal_index_keys_v2, get_optimal_quantization
+        from autofaiss.external import optimize
     except ImportError as error:
         raise RetroDataError(
             f"index.planner=autofaiss, but autofaiss cannot be imported ({error}). Run "
@@ -150,31 +155,29 @@ def _autofaiss_candidates(
             "index.planner=builtin."
         ) from error
 
-    def within(memory: int) -> list[str]:
-        found = get_optimal_index_keys_v2(
-            rows,
-            dim,
-            f"{memory}B",
-            should_be_memory_mappable=memory_mapped,
-            # Its default quantizes from a million rows on, even where whole vectors fit.
-            ivf_flat_threshold=rows + 1,
-        )
-        return list(found or [])
-
+    found: list[str] = []
     try:
-        if budget is not None:
-            return within(budget)
-        return within(2**62) + list(get_optimal_quantization(rows, dim))
+        for tenths in range(10, 4, -1):
+            found += optimize.get_optimal_index_keys_v2(
+                rows,
+                dim,
+                f"{budget * tenths // 10}B",
+                should_be_memory_mappable=memory_mapped,
+                # Its default quantizes from a million rows on, even where whole vectors fit.
+                ivf_flat_threshold=rows + 1,
+            )
+        if rows >= SMALL_ROWS:
+            found += optimize.get_optimal_quantization(rows, dim)
+            found += optimize.get_optimal_ivf(rows)
     except Exception as error:  # whatever it meets
         raise RetroDataError(
             f"autofaiss failed to choose an index of {rows} vectors of dimension {dim} "
             f"({type(error).__name__}: {error}). Set index.planner=builtin, or index.factory."
         ) from error
+    return found
 
 
-def _builtin_candidates(
-    rows: int, dim: int, budget: int | None, memory_mapped: bool
-) -> Sequence[str]:
+def _builtin_candidates(rows: int, dim: int, memory_mapped: bool) -> list[str]:
     """Whole vectors first (float16 is what embeddings are stored in), then ever shorter codes.
 
     The number of lists is the power of two next to 4 sqrt(rows), the lower end of what faiss'
@@ -187,5 +190,6 @@ def _builtin_candidates(
     if not memory_mapped and SMALL_ROWS <= rows <= LARGEST_GRAPH_ROWS:
         whole.append("HNSW32")
     scalars = [f"{inverted},SQfp16", f"{inverted},SQ8"]
-    products = [f"OPQ{m}_{dim // m * m},{inverted},PQ{m}" for m in (64, 32, 16, 8) if m <= dim]
+    codes = (code for code in (256, 128, 64, 32, 16, 8) if code <= dim)
+    products = [f"OPQ{code}_{dim // code * code},{inverted},PQ{code}" for code in codes]
     return [*whole, *scalars, *products]

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 Group = TypeVar("Group")
 
 
-# ---- settings --------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,14 @@ class Settings:
             raise RetroDataError(
                 f"database.corpora names {sorted(unknown)}, found the corpora {names}."
             )
-        if self.tokenizer.name is None and self.splits.val + self.splits.test > 0.5:
+        if self.tokenizer.name is not None:
+            return
+        if not any(corpus.split in ("hash", "train") for corpus in self.corpora):
+            raise RetroDataError(
+                f"none of the corpora {names} holds training documents (corpus.split hash or train) "
+                "to train a tokenizer on. Name one (tokenizer.name)."
+            )
+        if self.splits.val + self.splits.test > 0.5:
             raise RetroDataError(
                 f"splits.val={self.splits.val} and splits.test={self.splits.test} leave less than "
                 "half for training, on which the tokenizer is trained. Name one (tokenizer.name), or "
@@ -123,7 +130,7 @@ class Settings:
             for field in dataclasses.fields(self)
             if field.name not in ("root", "corpora", "engine")
         }
-        identity = {name: _identity(group) for name, group in groups.items()}
+        identity: dict[str, Any] = {name: _identity(group) for name, group in groups.items()}
         identity["corpora"] = [_identity(corpus) for corpus in self.corpora]
         return store.prepared_path(self.root, artifact.artifact_key("settings", 1, identity, {}))
 
@@ -160,7 +167,7 @@ def _group(kind: type[Group], name: str, given: Any) -> Group:
     return kind(**values)
 
 
-# ---- steps -----------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ def steps(settings: Settings) -> Iterator[Step]:
             )
 
 
-# ---- preparing -------------------------------------------------------------------------------------
+# ---- preparing -----------------------------------------------------------------------------------
 
 
 def prepare(settings: Settings, engine: Engine | None = None) -> None:
@@ -318,7 +325,7 @@ def _read_note(settings: Settings) -> dict[str, dict[str, str]]:
     return cast(dict[str, dict[str, str]], artifact.read_json(path))
 
 
-# ---- opening ---------------------------------------------------------------------------------------
+# ---- opening -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -382,7 +389,7 @@ def open_prepared(settings: Settings) -> Prepared:
     )
 
 
-# ---- looking ---------------------------------------------------------------------------------------
+# ---- looking -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

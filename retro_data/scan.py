@@ -30,7 +30,6 @@ from retro_data.stage import (
     BlockWriter,
     Receipt,
     Resources,
-    array_entry,
     lay_parts,
     total_counts,
 )
@@ -324,7 +323,7 @@ def _document_at(stage: CorpusStage, spans: np.ndarray[Any, Any], number: int) -
     return next(documents)
 
 
-# ---- reading what was scanned ----------------------------------------------------------------------
+# ---- reading what was scanned --------------------------------------------------------------------
 
 
 class ScannedCorpus:

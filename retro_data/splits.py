@@ -52,7 +52,8 @@ def split_hash(keys: Array, salt: str) -> Array:
     """
     seed = np.frombuffer(hashlib.blake2b(salt.encode(), digest_size=16).digest(), "<u8")
     mixed = _mix(_mix(keys[:, 0] ^ seed[0]) ^ keys[:, 1] ^ seed[1])
-    return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
+    place: Array = (mixed >> np.uint64(11)) / 2.0**53
+    return place
 
 
 def _mix(x: Array) -> Array:
@@ -60,7 +61,8 @@ def _mix(x: Array) -> Array:
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def split_of_documents(keys: Array, split: str, settings: SplitSettings) -> Array:

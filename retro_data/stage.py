@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,7 +136,9 @@ class Stage(Protocol):
 class Engine(Protocol):
     """Where blocks are made. Yields a receipt for each, in any order; raises the first failure."""
 
-    def run(self, stage: Stage, folder: Path, missing: Sequence[Block]) -> Iterator[Receipt]: ...
+    def run(
+        self, stage: Stage, folder: Path, missing: Sequence[Block]
+    ) -> Generator[Receipt, None, None]: ...
 
 
 def stage_key(stage: Stage) -> str:
@@ -160,7 +162,7 @@ def tile(rows: int, block_rows: int) -> list[Block]:
     return [Block(i, start, min(start + block_rows, rows)) for i, start in enumerate(starts)]
 
 
-# ---- bringing a stage to its end -------------------------------------------------------------------
+# ---- bringing a stage to its end -----------------------------------------------------------------
 
 
 def complete(stage: Stage, folder: Path, engine: Engine) -> dict[str, Any]:
@@ -178,16 +180,19 @@ def complete(stage: Stage, folder: Path, engine: Engine) -> dict[str, Any]:
     if manifest is None:
         folder.mkdir(parents=True, exist_ok=True)
         with Lease(folder, give_up=lambda: artifact.read_manifest(folder) is not None) as lease:
-            if lease.held:  # perhaps just after another process finished
-                manifest = artifact.read_manifest(folder) or _complete_under_lease(
-                    stage, folder, engine, lease
-                )
+            if lease.held:
+                manifest = artifact.read_manifest(folder)  # perhaps finished just before
+            if lease.held and manifest is None:
+                try:
+                    manifest = _complete_under_lease(stage, folder, engine, lease)
+                except Exception:
+                    lease.check()  # whoever took over also removed files under our hands
+                    raise
         if manifest is None:  # another process finished it while we waited
             manifest = artifact.read_manifest(folder)
             assert manifest is not None
-    if (folder / artifact.PARTS).exists():
-        with contextlib.suppress(OSError):  # a read-only root keeps them: they harm nobody
-            shutil.rmtree(folder / artifact.PARTS)
+    with contextlib.suppress(OSError):  # a read-only root keeps them: they harm nobody
+        _remove_leftovers(folder)
     return manifest
 
 
@@ -221,6 +226,15 @@ def _complete_under_lease(
     lease.check()
     artifact.write_json(folder / artifact.MANIFEST, manifest)
     return manifest
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a finished artifact needs no more, or a kill just after its manifest left."""
+    if (folder / artifact.PARTS).exists():
+        shutil.rmtree(folder / artifact.PARTS)
+    for pattern in (f"{artifact.TEMPORARY}*", f"{artifact.LEASE}*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _remove_unproven(folder: Path, receipts: Iterable[Receipt]) -> None:
@@ -304,10 +318,12 @@ def _open_receipts(path: Path) -> Iterator[BinaryIO]:
         yield handle
 
 
-# ---- what most stages' `finish` says --------------------------------------------------------------
+# ---- what most stages' `finish` says -------------------------------------------------------------
 
 
-def array_entry(dtype: str, shape: Sequence[int], extents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def array_entry(
+    dtype: str, shape: Sequence[int], extents: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Manifest entry of one array: extents are its consecutive row ranges with their digests."""
     return {"dtype": dtype, "shape": list(shape), "extents": [dict(e) for e in extents]}
 

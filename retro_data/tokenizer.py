@@ -66,7 +66,7 @@ class TokenizerSettings:
     sample_bytes: int = keyed(128 * 2**20)
 
 
-# ---- finding a model's folder ----------------------------------------------------------------------
+# ---- finding a model's folder --------------------------------------------------------------------
 
 
 def model_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -97,7 +97,7 @@ def folder_digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return {n: artifact.file_digest(folder / n) for n in sorted(names) if (folder / n).is_file()}
 
 
-# ---- the tokenizer in use --------------------------------------------------------------------------
+# ---- the tokenizer in use ------------------------------------------------------------------------
 
 
 class LmTokenizer:
@@ -163,7 +163,7 @@ class LmTokenizer:
         pairs = zip(cuts[:-1], cuts[1:], strict=True)
         return [content[a:b].decode("utf-8", "ignore") for a, b in pairs]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Array) -> str:
         """Text of a sequence of ids; pad ids are left out."""
         real = np.asarray(ids)
         real = real[(real >= 0) & (real < self.vocab_size)].reshape(1, -1)
@@ -221,7 +221,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in kept else next(spare)) for byte in range(256)]
 
 
-# ---- the stage -------------------------------------------------------------------------------------
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class TokenizerStage:
             "figures": total_counts(receipts),
         }
 
-    def _train(self, out: BlockWriter) -> tuple[str, int, int]:
+    def _train(self, out: BlockWriter) -> tuple[str, int | None, int | None]:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         scanned = [ScannedCorpus(corpus.folder) for corpus in self.corpora]

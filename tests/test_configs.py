@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -85,7 +86,7 @@ def test_hyperparameters_hold_plain_values_only(tmp_path: Path) -> None:
             stack += list(value.values()) if isinstance(value, dict) else list(value)
 
 
-# ---- a Hydra application of somebody else ----------------------------------------------------------
+# ---- a Hydra application of somebody else --------------------------------------------------------
 
 FOREIGN_APP = """
 import hydra, sys
@@ -148,13 +149,16 @@ def test_a_foreign_app_may_mount_it_under_another_name(tmp_path: Path) -> None:
 
 def test_the_wheel_ships_the_configuration(tmp_path: Path) -> None:
     """A wheel is built, unpacked into an environment of its own, and serves the foreign app."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "dist")]
-    subprocess.run([*command, str(REPOSITORY)], check=True, timeout=240)
+    source = tmp_path / "source"  # built from a copy: no build folder is left in the repository
+    shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(".*", "data", "outputs"))
+    pip = [sys.executable, "-m", "pip"]
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist")]
+    subprocess.run([*pip, "wheel", *options, str(source)], check=True, timeout=240)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "env", with_pip=False)
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
-    subprocess.run([*install, str(wheel)], check=True, timeout=240)
+    options = ["-q", "--no-deps", "--no-index", "--target", str(packages)]
+    subprocess.run([*pip, "install", *options, str(wheel)], check=True, timeout=240)
     ours = {str(REPOSITORY)}
     others = [p for p in sys.path if p and p not in ours and "site-packages" in p]
     # The dependencies come from this environment, but not the editable install of the project.

@@ -176,7 +176,8 @@ def test_errors_of_long_rows_do_not_push_out_short_ones() -> None:
     queries = np.ones((1, 64), np.float32)
     found = nearest(queries, Vectors([database]), 20, metric="ip", excluded=None, memory_bytes=TINY)
     assert_same(found, brute_force(queries, database, 20, "ip"))
-    assert (found.ids >= 64).any() and (found.ids < 64).any()
+    assert (found.ids >= 64).any()
+    assert (found.ids < 64).any()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -371,8 +372,13 @@ def test_no_id_wraps_around(ids: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "blocks",
-    [[], [gaussian(2, 3), gaussian(2, 4)], [gaussian(2, 3), np.zeros((2, 3), np.float32)]]
-    + [[np.zeros(3, np.float16)], [np.zeros((2, 3))]],
+    [
+        [],
+        [gaussian(2, 3), gaussian(2, 4)],
+        [gaussian(2, 3), np.zeros((2, 3), np.float32)],
+        [np.zeros(3, np.float16)],
+        [np.zeros((2, 3))],
+    ],
 )
 def test_blocks_of_different_kinds_are_refused(blocks: list[np.ndarray]) -> None:
     with pytest.raises(RetroDataError, match="float16 or float32"):

@@ -8,12 +8,13 @@ block and one receipt at a time. The first failure, or a child that dies, ends t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -58,7 +59,9 @@ class LocalEngine:
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
 
-    def run(self, stage: Stage, folder: Path, missing: Sequence[Block]) -> Iterator[Receipt]:
+    def run(
+        self, stage: Stage, folder: Path, missing: Sequence[Block]
+    ) -> Generator[Receipt, None, None]:
         if stage.resources.light:
             yield from InlineEngine().run(stage, folder, missing)
             return
@@ -67,8 +70,9 @@ class LocalEngine:
         pending = list(reversed(missing))
         try:
             for device, variables in places:
-                child = _Child(stage, folder, device, variables)
+                child = _Child(variables)
                 children[child.connection] = child
+                child.give((stage, folder, device))
             running = dict(children)
             while running:
                 for connection in wait(list(running)):
@@ -123,13 +127,23 @@ def visible_devices(chosen: Sequence[int] | None) -> list[str]:
         return []
     import torch
 
-    found = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    tokens = [t.strip() for t in names.split(",") if t.strip()] if names else []
+    return device_names(torch.cuda.device_count(), names, chosen)
+
+
+def device_names(found: int, visible: str | None, chosen: Sequence[int] | None) -> list[str]:
+    """What a child's CUDA_VISIBLE_DEVICES must say for each chosen GPU.
+
+    Args:
+        found: GPUs that this process can use.
+        visible: this process' own CUDA_VISIBLE_DEVICES, which may name GPUs by index or UUID.
+        chosen: indices among them; None means all.
+    """
+    tokens = [t.strip() for t in visible.split(",") if t.strip()] if visible else []
     tokens = tokens[:found] if tokens else [str(i) for i in range(found)]
     if chosen is None:
         return tokens
-    missing = [i for i in chosen if i >= len(tokens)]
+    missing = [i for i in chosen if not 0 <= i < len(tokens)]
     if missing:
         raise RetroDataError(
             f"engine.devices names GPU {missing}, found {len(tokens)} visible. "
@@ -139,9 +153,7 @@ def visible_devices(chosen: Sequence[int] | None) -> list[str]:
 
 
 class _Child:
-    def __init__(
-        self, stage: Stage, folder: Path, device: str, variables: dict[str, str]
-    ) -> None:
+    def __init__(self, variables: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
         lifeline_read, self.lifeline = os.pipe()  # closes when this process dies, however it dies
         descriptors = (theirs.fileno(), lifeline_read)
@@ -157,14 +169,12 @@ class _Child:
         os.close(lifeline_read)
         self.connection = Connection(ours.detach())
         self.block: Block | None = None
-        self.connection.send((stage, folder, device))
 
-    def give(self, block: Block) -> None:
-        self.block = block
-        try:
-            self.connection.send(block)
-        except BrokenPipeError:
-            pass  # `receive` meets the end of the stream next, and says why
+    def give(self, work: Block | tuple[Stage, Path, str]) -> None:
+        """Hand over the stage, or the next block."""
+        self.block = work if isinstance(work, Block) else None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(work)  # else `receive` meets the end of the stream, and says why
 
     def receive(self, stage: str) -> Receipt | None:
         """The next message; None when the child is ready for its first block."""
@@ -197,10 +207,8 @@ class _Child:
         )
 
     def dismiss(self) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(None)
-        except BrokenPipeError:
-            return
 
     def stop(self) -> None:
         if self.process.poll() is None:

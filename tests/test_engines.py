@@ -1,0 +1,220 @@
+"""Blocks made by child processes: the same bytes, and every failure told with its cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, blocks_made, entries
+
+from retro_data.artifact import open_array, read_manifest
+from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
+from retro_data.engines.local import StageFailed, child_environment, device_names, visible_devices
+from retro_data.errors import RetroDataError
+from retro_data.stage import Resources, complete, read_receipts
+
+ROWS = 55
+
+
+@pytest.fixture
+def diary(tmp_path: Path) -> Path:
+    return tmp_path / "diary.jsonl"
+
+
+def local(workers: int) -> LocalEngine:
+    return LocalEngine(EngineSettings(workers=workers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+# ---- the same bytes ------------------------------------------------------------------------------
+
+
+def test_worker_counts_and_the_order_of_blocks_change_no_byte(tmp_path: Path):
+    class Backwards(InlineEngine):
+        def run(self, stage, folder, missing):
+            return super().run(stage, folder, missing[::-1])
+
+    engines = {"here": InlineEngine(), "back": Backwards(), "1": local(1), "3": local(3)}
+    found = {}
+    for name, engine in engines.items():
+        folder, diary = tmp_path / name, tmp_path / f"{name}.diary"
+        complete(ArithmeticStage(ROWS, diary, seconds=0.05), folder, engine)
+        assert sorted(blocks_made(diary)) == list(range(6))
+        found[name] = (folder / SQUARES).read_bytes()
+    assert open_array(tmp_path / "3" / SQUARES).tolist() == [i * i for i in range(ROWS)]
+    assert len(set(found.values())) == 1
+    workers = {entry["pid"] for entry in entries(tmp_path / "3.diary")}
+    assert len(workers) > 1
+    assert os.getpid() not in workers
+
+
+def test_a_light_stage_starts_no_process(tmp_path: Path, diary: Path):
+    complete(ArithmeticStage(ROWS, diary, resources=Resources(light=True)), tmp_path / "a", local(2))
+    assert {entry["pid"] for entry in entries(diary)} == {os.getpid()}
+
+
+def test_no_worker_is_started_without_a_block_for_it(tmp_path: Path, diary: Path):
+    complete(ArithmeticStage(10, diary, seconds=0.05), tmp_path / "a", local(4))
+    assert len({entry["pid"] for entry in entries(diary)}) == 1
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def test_an_exception_in_a_worker_ends_the_run_with_its_own_traceback(tmp_path: Path, diary: Path):
+    folder = tmp_path / "a"
+    stage = ArithmeticStage(ROWS, diary, fate={0: "raise"}, seconds=0.2)
+    with pytest.raises(StageFailed) as failure:
+        complete(stage, folder, local(2))
+    message = str(failure.value)
+    assert "arithmetic: block 0 failed: ArithmeticError: no square for block 0" in message
+    assert "arithmetic_stage.py" in message
+    assert "retro-data prepare" in message
+    assert len(blocks_made(diary)) < 6  # the others were not finished first
+    assert not any(is_running(entry["pid"]) for entry in entries(diary))
+    assert read_manifest(folder) is None
+    done = [r.block for r in read_receipts(folder)]
+    before = len(blocks_made(diary))
+    complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
+    assert blocks_made(diary)[before:] == [b for b in range(6) if b not in done]
+
+
+@pytest.mark.parametrize(
+    ("fate", "cause"), [("kill", "was killed by SIGKILL"), ("exit", "ended with exit code 7")]
+)
+def test_a_worker_that_dies_is_named_with_its_cause(
+    tmp_path: Path, diary: Path, fate: str, cause: str
+):
+    began = time.monotonic()
+    with pytest.raises(StageFailed) as failure:
+        complete(ArithmeticStage(ROWS, diary, fate={0: fate}, seconds=0.1), tmp_path / "a", local(2))
+    dead = next(entry["pid"] for entry in entries(diary) if entry["block"] == 0)
+    assert f"arithmetic: the worker process {dead} {cause}" in str(failure.value)
+    assert "during block 0" in str(failure.value)
+    assert not any(is_running(entry["pid"]) for entry in entries(diary))
+    assert time.monotonic() - began < 30
+
+
+def test_a_stage_that_cannot_be_opened_says_so(tmp_path: Path, diary: Path):
+    stage = ArithmeticStage(ROWS, diary)
+    stage.open = "not a method"  # type: ignore[assignment,method-assign]
+    with pytest.raises(StageFailed, match="opening a worker failed: TypeError"):
+        complete(stage, tmp_path / "a", local(1))
+
+
+def test_workers_of_a_parent_that_was_killed_end_by_themselves(tmp_path: Path, diary: Path):
+    folder = tmp_path / "a"
+    options = json.dumps({"rows": ROWS, "seconds": 60})
+    command = [sys.executable, "-c", MAIN, str(folder), str(diary), "2", options]
+    path = os.pathsep.join(sys.path)
+    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    try:
+        wait_for(lambda: len(entries(diary)) == 2)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    children = [entry["pid"] for entry in entries(diary)]
+    wait_for(lambda: not any(map(is_running, children)), seconds=5)
+
+
+# ---- where workers run ---------------------------------------------------------------------------
+
+RANK = {
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "3",
+    "TORCHELASTIC_RUN_ID": "none",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "8",
+}
+
+
+def test_a_worker_is_no_rank_of_the_run_that_started_it(
+    tmp_path: Path, diary: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {**RANK, "KEPT": "yes", "CUDA_VISIBLE_DEVICES": "0,1"}.items():
+        monkeypatch.setenv(name, value)
+    complete(ArithmeticStage(10, diary), tmp_path / "a", local(1))
+    (entry,) = entries(diary)
+    assert not set(RANK) & set(entry["environment"])
+    assert entry["environment"]["KEPT"] == "yes"
+    assert entry["environment"]["CUDA_VISIBLE_DEVICES"] == ""  # a stage for the CPU
+    assert entry["device"] == "cpu"
+
+
+def test_threads_are_shared_among_the_workers():
+    cores = len(os.sched_getaffinity(0))
+    for workers in (1, cores, 2 * cores):
+        stage = ArithmeticStage(1000, Path("unused"))
+        places = local(workers)._places(stage, 100)
+        assert len(places) == workers
+        assert {v["OMP_NUM_THREADS"] for _, v in places} == {str(max(1, cores // workers))}
+    assert len(local(0)._places(ArithmeticStage(1000, Path("unused")), 100)) == cores
+
+
+def test_a_childs_environment_can_be_told_more():
+    assert child_environment({"CUDA_VISIBLE_DEVICES": "2"})["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("found", "visible", "chosen", "expected"),
+    [
+        (0, None, None, []),
+        (0, "", None, []),
+        (0, "0,1", None, []),  # named, but not there
+        (3, None, None, ["0", "1", "2"]),
+        (3, None, (2, 0), ["2", "0"]),
+        (2, "4, 6", None, ["4", "6"]),
+        (2, "4,6", (1,), ["6"]),
+        (2, "GPU-aa,GPU-bb", (1,), ["GPU-bb"]),
+        (1, "5,99", None, ["5"]),  # CUDA ignores what follows a device that is not there
+    ],
+)
+def test_a_gpu_is_named_as_the_parent_sees_it(found, visible, chosen, expected):
+    assert device_names(found, visible, chosen) == expected
+
+
+@pytest.mark.parametrize("chosen", [(1,), (-1,)])
+def test_a_gpu_that_is_not_there_is_refused(chosen: tuple[int, ...]):
+    with pytest.raises(RetroDataError, match=r"engine\.devices names GPU .*found 1 visible"):
+        device_names(1, "7", chosen)
+
+
+def test_no_gpu_is_used_where_none_is_wanted():
+    assert visible_devices(()) == []
+
+
+@pytest.mark.gpu
+def test_each_worker_sees_one_gpu(tmp_path: Path, diary: Path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    stage = ArithmeticStage(ROWS, diary, seconds=0.2, resources=Resources(gpu=True))
+    complete(stage, tmp_path / "a", LocalEngine())
+    seen = {(e["device"], e["environment"]["CUDA_VISIBLE_DEVICES"]) for e in entries(diary)}
+    assert seen <= {("cuda:0", name) for name in visible_devices(None)}
+    assert read_manifest(tmp_path / "a")["devices"] == [torch.cuda.get_device_name(0)]

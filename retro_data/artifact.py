@@ -459,7 +459,7 @@ def _host() -> str:
     namespace = boot = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{os.uname().nodename} {boot} {namespace}".strip()
 
 

@@ -19,7 +19,13 @@ import torch
 
 from retro_data.artifact import free, key_fields, keyed
 from retro_data.errors import RetroDataError
-from retro_data.tokenizer import TOKENIZER_FILES, LmTokenizer, folder_digests, model_folder
+from retro_data.tokenizer import (
+    TOKENIZER_FILES,
+    LmTokenizer,
+    folder_digests,
+    load_fast_tokenizer,
+    model_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +116,11 @@ class Embedder:
     """
 
     def __init__(self, settings: EmbedderSettings, folder: Path, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer
-
         self.settings = settings
         self.device = torch.device(device)
         on_cpu_fp16 = self.device.type == "cpu" and settings.precision == "fp16"
         self.dtype = torch.float32 if on_cpu_fp16 else PRECISIONS[settings.precision]
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        if not tokenizer.is_fast:
-            raise RetroDataError(f"the tokenizer in {folder} is not a fast one (tokenizer.json).")
+        tokenizer = load_fast_tokenizer(folder, "embedder.name")
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -273,4 +275,3 @@ def _specials(backend: Any) -> tuple[list[int], list[int]]:
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     raise RetroDataError("the embedder's tokenizer changes a text when it adds its special tokens.")
-

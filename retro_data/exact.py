@@ -25,6 +25,8 @@ of row ranges merge by ``(distance, id)`` into the list of the whole.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -33,6 +35,8 @@ import numpy as np
 import torch
 
 from retro_data.errors import RetroDataError
+
+log = logging.getLogger(__name__)
 
 Metric = Literal["l2", "ip"]
 
@@ -127,7 +131,7 @@ def nearest(
         None excludes nothing.
     admitted: which rows may be neighbors: (N,) bool, or (M, 2) int64 ascending disjoint ranges
         [lo, hi); None admits all.
-    memory_bytes: goal for working memory, whatever N is; the least possible is a few MB.
+    memory_bytes: goal for working memory on the CPU, whatever N is; the least is a few MB.
 
     Ties of the stored float32 distance go to the lower id. At least k other admitted rows fill all
     k places. A database row of zeros stands for a chunk without embedder tokens and is never a
@@ -136,23 +140,89 @@ def nearest(
     Raises RetroDataError for a row, named, that is not finite or too long to compare in float32,
     and for arguments that do not fit each other.
     """
-    if not isinstance(queries, Vectors):
-        queries = Vectors([queries])
-    excluded = _check(queries, database, k, metric, excluded, admitted)
-    if torch.device(device).type != "cpu":
-        raise RetroDataError(f"exact search runs on device 'cpu', asked for {device!r}")
-    sizes = _sizes(*queries.shape, k, memory_bytes)
-    ids = np.empty((queries.shape[0], k), np.int64)
-    distances = np.empty((queries.shape[0], k), np.float32)
-    buffer = torch.empty(sizes.rows * sizes.columns)
-    with torch.inference_mode(), _full_float32_products():
-        for start in range(0, queries.shape[0], sizes.panel):
-            part = slice(start, min(start + sizes.panel, queries.shape[0]))
-            panel = _Panel(queries, part, database, excluded, k, metric, sizes)
-            for tile in _tiles(database, admitted, metric, sizes.columns):
-                panel.add(tile, buffer)
-            ids[part], distances[part] = panel.result()
-    return Neighbors(ids, distances)
+    search = Search(
+        database, metric=metric, admitted=admitted, device=device, memory_bytes=memory_bytes
+    )
+    return search(queries, k, excluded)
+
+
+class Search:
+    """A database made ready for any number of searches on one device; arguments as in `nearest`.
+
+    On a CUDA device with Triton the admitted rows stay in its memory, or are streamed to it where
+    they do not fit (`exact_triton`). Anything else is searched on the CPU, with the same results.
+    """
+
+    def __init__(
+        self,
+        database: Vectors,
+        *,
+        metric: Metric,
+        admitted: np.ndarray | None = None,
+        device: str = "cpu",
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        self.database, self.metric, self.admitted = database, metric, admitted
+        self.memory_bytes = memory_bytes
+        self.gpu: Any = None
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda"):
+            raise RetroDataError(f"exact search runs on 'cpu' or 'cuda', asked for {device!r}")
+        if kind == "cuda" and _has_kernels(device, database):
+            from retro_data.exact_triton import GpuSearch
+
+            no_queries = np.empty((0, database.shape[1]), np.float16)
+            _check(Vectors([no_queries]), database, 1, metric, None, admitted)
+            self.gpu = GpuSearch(database, metric, _as_mask(admitted, database.shape[0]), device)
+
+    def __call__(
+        self, queries: np.ndarray | Vectors, k: int, excluded: np.ndarray | None
+    ) -> Neighbors:
+        if not isinstance(queries, Vectors):
+            queries = Vectors([queries])
+        excluded = _check(queries, self.database, k, self.metric, excluded, self.admitted)
+        if self.gpu is not None and queries.dtype == np.float16:
+            found: Neighbors = self.gpu.search(queries.rows(0, queries.shape[0]), k, excluded)
+            return found
+        return self._on_cpu(queries, k, excluded)
+
+    def _on_cpu(self, queries: Vectors, k: int, excluded: np.ndarray) -> Neighbors:
+        sizes = _sizes(*queries.shape, k, self.memory_bytes)
+        ids = np.empty((queries.shape[0], k), np.int64)
+        distances = np.empty((queries.shape[0], k), np.float32)
+        buffer = torch.empty(sizes.rows * sizes.columns)
+        with torch.inference_mode(), _full_float32_products():
+            for start in range(0, queries.shape[0], sizes.panel):
+                part = slice(start, min(start + sizes.panel, queries.shape[0]))
+                panel = _Panel(queries, part, self.database, excluded, k, self.metric, sizes)
+                for tile in _tiles(self.database, self.admitted, self.metric, sizes.columns):
+                    panel.add(tile, buffer)
+                ids[part], distances[part] = panel.result()
+        return Neighbors(ids, distances)
+
+
+def _has_kernels(device: str, database: Vectors) -> bool:
+    """Whether the search can run on this GPU; where not, it is said once and the CPU does it."""
+    reason = ""
+    if importlib.util.find_spec("triton") is None:
+        reason = "the package triton is missing"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "it needs a GPU of compute capability 8.0"
+    elif database.dtype != np.float16:
+        reason = f"it is for float16 vectors, found {database.dtype}"
+    if reason:
+        log.warning("exact search runs on the CPU, not on %s: %s", device, reason)
+    return not reason
+
+
+def _as_mask(admitted: np.ndarray | None, total: int) -> np.ndarray | None:
+    """Admitted rows as (N,) bool, from ranges too."""
+    if admitted is None or admitted.dtype == bool:
+        return admitted
+    mask = np.zeros(total, bool)
+    for low, high in admitted.tolist():
+        mask[low:high] = True
+    return mask
 
 
 def rank(queries: np.ndarray, database: Vectors, ids: np.ndarray, *, metric: Metric) -> Neighbors:
@@ -481,12 +551,12 @@ def _order_by_distance(
         terms = torch.from_numpy(database.take(pair_ids[pair].numpy())).double()
         query = queries[row[pair]].double()
         terms = terms.sub_(query).square_() if metric == "l2" else terms.mul_(query).neg_()
-        keys[row[pair], column[pair]] = _fixed_sum(terms).float()
+        keys[row[pair], column[pair]] = fixed_sum(terms).float()
     order = torch.from_numpy(np.lexsort((ids.numpy(), keys.numpy())))
     return order, keys.gather(1, order)
 
 
-def _fixed_sum(terms: torch.Tensor) -> torch.Tensor:
+def fixed_sum(terms: torch.Tensor) -> torch.Tensor:
     """(n,) sums of (n, d) terms, which it overwrites; equal rows have equal sums, bit for bit.
 
     Folding halves by additions of elements fixes the order, which a library's sum may change with

@@ -224,9 +224,8 @@ class _Builder:
         self.database = database
         self.faiss = import_faiss()
         self.metric = self.faiss.METRIC_L2 if metric == "l2" else self.faiss.METRIC_INNER_PRODUCT
-        self.gpu = None
-        if device.startswith("cuda") and hasattr(self.faiss, "StandardGpuResources"):
-            self.gpu = self.faiss.StandardGpuResources()
+        has_gpu = device.startswith("cuda") and hasattr(self.faiss, "StandardGpuResources")
+        self.gpu = self.faiss.StandardGpuResources() if has_gpu else None
         self.assigner: Index | None = None  # the centroids on the GPU
         self.index: Index = None
         self.factory = FLAT
@@ -244,13 +243,12 @@ class _Builder:
     def _train(self) -> None:
         settings, dim = self.settings, self.database.shape[1]
         rows = int(np.count_nonzero(self.database.admitted))
-        self.factory = (
-            settings.factory
-            if settings.factory is not None
-            else choose_factory(
+        factory = settings.factory
+        if factory is None:
+            factory = choose_factory(
                 *(settings.planner, rows, dim, settings.max_index_memory, settings.memory_mapped)
             )
-        )
+        self.factory = factory
         self.index = _create(self.factory, dim, self.metric)
         least, wanted = _training_rows(self.index)
         if least <= rows and least > settings.sample_size:
@@ -289,7 +287,7 @@ class _Builder:
         inverted = _inverted(self.index)
         if inverted is not None:
             inverted.cp.seed = self.settings.seed
-            inverted.cp.min_points_per_centroid = 1  # no words: the planner knows the rows
+            inverted.cp.min_points_per_centroid = 1  # fewer are no news worth a warning
             if hasattr(inverted, "do_polysemous_training"):
                 inverted.do_polysemous_training = False  # minutes, for a filter that is not used
             # Left to faiss, the graph of centroids would be linked outside `_same_graph`.

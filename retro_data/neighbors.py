@@ -20,7 +20,7 @@ from retro_data import store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
-from retro_data.exact import Neighbors, Vectors, nearest, rank
+from retro_data.exact import Neighbors, Search, Vectors, rank
 from retro_data.index import SearchIndex, load_index
 from retro_data.stage import (
     Block,
@@ -81,7 +81,7 @@ class NeighborContext:
     vectors: Vectors
     database: Database
     index: SearchIndex | None
-    device: str
+    exact: Search
 
 
 class NeighborStage:
@@ -118,7 +118,7 @@ class NeighborStage:
         self.database = database
         self.search = search
         self.index = index
-        self.resources = Resources(threads=0)
+        self.resources = Resources(gpu=search == "exact", threads=0)
 
     def key_fields(self) -> dict[str, Any]:
         return {
@@ -141,9 +141,15 @@ class NeighborStage:
     def open(self, device: str) -> AbstractContextManager[NeighborContext]:
         vectors = Vectors(list(Embeddings(self.embeddings[0]).blocks()))
         index = load_index(self.index[0]) if self.index is not None else None
-        context = NeighborContext(
-            ChunkStore(self.chunks[0]), vectors, self.database.open(), index, device
+        database = self.database.open()
+        exact = Search(
+            database.vectors,
+            metric=self.settings.metric,  # type: ignore[arg-type]
+            admitted=database.admitted,
+            device=device if index is None else "cpu",
+            memory_bytes=self.settings.memory,
         )
+        context = NeighborContext(ChunkStore(self.chunks[0]), vectors, database, index, exact)
         return contextlib.nullcontext(context)
 
     def make(self, context: NeighborContext, block: Block, out: BlockWriter) -> None:
@@ -152,7 +158,7 @@ class NeighborStage:
         own = database.rows_of_documents(chunks.documents.keys[document])
         queries = context.vectors.rows(block.start, block.stop)
         if context.index is None:
-            found = self._exact(context, queries, own)
+            found = context.exact(queries, self.settings.num_stored, own)
         else:
             found = self._by_index(context, context.index, queries, own, out)
         self._count(found, own, _is_last_of_document(chunks, document, block), out)
@@ -161,18 +167,6 @@ class NeighborStage:
         out.array(store.part_name(block.index, store.NEIGHBOR_IDS), ids)
         out.array(store.part_name(block.index, store.NEIGHBOR_DISTANCES), found.distances)
         out.rows = len(ids)
-
-    def _exact(self, context: NeighborContext, queries: Array, own: Array) -> Neighbors:
-        return nearest(
-            queries,
-            context.database.vectors,
-            self.settings.num_stored,
-            metric=self.settings.metric,  # type: ignore[arg-type]
-            excluded=own,
-            admitted=context.database.admitted,
-            device=context.device,
-            memory_bytes=self.settings.memory,
-        )
 
     def _by_index(
         self,
@@ -197,8 +191,7 @@ class NeighborStage:
                 out.count(f"rows_short_after_{width}", len(todo))
         found = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
         if len(todo):
-            exact = self._exact(context, queries[todo], own[todo])
-            found.ids[todo], found.distances[todo] = exact
+            found.ids[todo], found.distances[todo] = context.exact(queries[todo], k, own[todo])
         return found
 
     def _count(self, found: Neighbors, own: Array, last: Array, out: BlockWriter) -> None:

@@ -285,7 +285,9 @@ def prepare(settings: Settings, engine: Engine | None = None) -> None:
             found.append(step)
     _note_prepared(settings, [*found, *made])
     if made:
-        log.info("prepared %d artifacts in %s (%d were there)", len(made), settings.root, len(found))
+        log.info(
+            "prepared %d artifacts in %s (%d were there)", len(made), settings.root, len(found)
+        )
     else:
         log.info("everything was prepared already in %s: %d artifacts", settings.root, len(found))
 

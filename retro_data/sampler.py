@@ -34,11 +34,6 @@ def global_order(num_samples: int, seed: int, epoch: int) -> Array:
     return order
 
 
-def share_bounds(num_samples: int, num_batches: int, num_replicas: int, shares: Array) -> Array:
-    """Where shares begin in the order, and the ones before them end: by batch, then by rank."""
-    return shares * num_samples // (num_batches * num_replicas)
-
-
 class _BatchSampler(DistributedSampler[Any]):
     """What both samplers share: a rank's batches, each a share of a global batch, padded with -1.
 
@@ -67,16 +62,19 @@ class _BatchSampler(DistributedSampler[Any]):
         self.num_samples = self.num_batches * self.batch_size  # of this rank, with padding
         self.total_size = self.num_batches * global_batch_size
 
+    def _bounds(self, shares: Array) -> Array:
+        """Where shares begin in the order, and the ones before them end: by batch, then by rank."""
+        num_shares = self.num_batches * self.num_replicas
+        return -(-shares * self.num_sequences // num_shares)  # rounded up: short ones come last
+
     def _batches(self, order: Array | None, start: int, repeat: bool) -> Iterator[int]:
         """This rank's indices from batch `start` on; None is the order of the dataset."""
         for first in range(start, self.num_batches, READ_BATCHES):
             batches = np.arange(first, min(first + READ_BATCHES, self.num_batches))
             shares = batches * self.num_replicas + self.rank
-            split = (self.num_sequences, self.num_batches, self.num_replicas)
-            begin = share_bounds(*split, shares)[:, None]
-            end = share_bounds(*split, shares + 1)[:, None]
-            place = begin + np.arange(self.batch_size)
-            beyond = place >= end
+            begin, end = self._bounds(shares), self._bounds(shares + 1)
+            place = begin[:, None] + np.arange(self.batch_size)
+            beyond = place >= end[:, None]
             if repeat:
                 beyond[:, 0] = False
             place = np.minimum(place, self.num_sequences - 1)

@@ -96,7 +96,9 @@ def digest_files(reader: Reader, cache: Path) -> list[DigestedFile]:
         total = sum(f.bytes for f in stale)
         log.info("digesting %d files, %.1f MB", len(stale), total / 1e6)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for file, digest in zip(stale, pool.map(lambda f: _digest(reader, f), stale), strict=True):
+            for file, digest in zip(
+                stale, pool.map(lambda f: _digest(reader, f), stale), strict=True
+            ):
                 known[file.name] = DigestedFile(file.name, file.bytes, file.modified_ns, digest)
     found = [_versioned(f) if f.version is not None else known[f.name] for f in files]
     if stale:
@@ -124,7 +126,7 @@ def _digest(reader: Reader, file: SourceFile) -> str:
 
 def _read_digests(path: Path) -> dict[str, DigestedFile]:
     known = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError, ValueError):  # a cache that cannot be read holds nothing
         for line in path.read_text("utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 name, size, modified, digest = line.split("\t")
@@ -333,7 +335,7 @@ class ScannedCorpus:
         self.folder = folder
         self.manifest = store.finished(folder)
         self.spans = artifact.open_array(folder / SPANS)
-        rows = [line.split("\t") for line in (folder / store.FILES).read_text().splitlines()]
+        rows = [line.split("\t") for line in (folder / store.FILES).read_text("ascii").splitlines()]
         self.names: list[str] = [json.loads(row[0]) for row in rows]
         self.digests = [row[2] for row in rows]
         name = self.manifest["fields"]["name"]
@@ -370,9 +372,7 @@ def read_span(reader: Reader, names: Sequence[str], span: Span) -> Iterator[Docu
                 yield record
 
 
-def block_documents(
-    reader: Reader, corpus: ScannedCorpus, block: Block
-) -> Iterator[Document]:
+def block_documents(reader: Reader, corpus: ScannedCorpus, block: Block) -> Iterator[Document]:
     """The documents of one block, refused when a file is not what it was when it was scanned."""
     first, start, last, stop = block.extra
     _check_unchanged(reader, corpus, range(first, last + 1))

@@ -145,9 +145,7 @@ def stage_key(stage: Stage) -> str:
     return artifact_key(stage.name, stage.version, stage.key_fields(), stage.parents())
 
 
-def make_block(
-    stage: Stage, context: Context, block: Block, folder: Path, device: str
-) -> Receipt:
+def make_block(stage: Stage, context: Context, block: Block, folder: Path, device: str) -> Receipt:
     """Make one block in this process and return its receipt (used by every engine)."""
     began = time.monotonic()
     out = BlockWriter(folder)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from retro_data import artifact, store
 from retro_data.artifact import free, key_fields, keyed
 from retro_data.corpus import CorpusSettings, open_reader
 from retro_data.errors import RetroDataError
-from retro_data.source_files import package_path
 from retro_data.scan import ScannedCorpus, block_documents, document_key, keys_array
+from retro_data.source_files import package_path
 from retro_data.splits import split_hash
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, block_files, total_counts
 
@@ -34,17 +35,20 @@ Array = np.ndarray[Any, Any]
 END_OF_TEXT = "<|endoftext|>"
 SMALL_VOCABULARY, LARGE_VOCABULARY = 4096, 16384
 SMALL_CORPUS_BYTES = 32 * 2**20  # of text: a demo; below it the small vocabulary
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.txt",
     "vocab.json",
-    "merges.txt",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 
 
@@ -160,8 +164,7 @@ class LmTokenizer:
         source = np.repeat(starts[ids].reshape(-1) - (ends - flat), flat)
         content = blob[source + np.arange(len(source))].tobytes()
         cuts = np.concatenate([[0], np.cumsum(sizes.sum(1))]).tolist()
-        pairs = zip(cuts[:-1], cuts[1:], strict=True)
-        return [content[a:b].decode("utf-8", "ignore") for a, b in pairs]
+        return [content[a:b].decode("utf-8", "ignore") for a, b in pairwise(cuts)]
 
     def decode(self, ids: Sequence[int] | Array) -> str:
         """Text of a sequence of ids; pad ids are left out."""
@@ -189,6 +192,8 @@ def token_pieces(backend: Any, vocab_size: int) -> list[bytes] | None:
     if parts.get("normalizer") or not _is_byte_level(parts.get("pre_tokenizer")):
         return None
     byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    if any(backend.token_to_id(letter) is None for letter in byte_of):
+        return None  # a byte that it has no token for is dropped without a word
     added = backend.get_added_tokens_decoder()
     pieces = []
     for index in range(vocab_size):
@@ -209,7 +214,10 @@ def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
         return False
     if pre_tokenizer["type"] == "Sequence":
         steps = pre_tokenizer["pretokenizers"]
-        splits = all(s["type"] in ("Split", "Digits", "ByteLevel") for s in steps)
+        splits = all(
+            s["type"] in ("Split", "Digits", "ByteLevel") and s.get("behavior") != "Removed"
+            for s in steps
+        )
         return splits and any(_is_byte_level(s) for s in steps)
     return pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer["add_prefix_space"]
 
@@ -343,20 +351,37 @@ class TokenizerStage:
 
 def _read_fast_tokenizer(folder: Path) -> tuple[str, int | None, int | None]:
     """tokenizer.json, bos id and eos id of any tokenizer that transformers can load as a fast one."""
+    tokenizer = load_fast_tokenizer(folder, "tokenizer.name")
+    description = tokenizer.backend_tokenizer.to_str()
+    return description, tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def load_fast_tokenizer(folder: Path, setting: str) -> Any:
+    """The transformers tokenizer of a folder.
+
+    Args:
+        setting: that named the folder, for the message.
+
+    Raises:
+        RetroDataError: there is none, or not one that the `tokenizers` library can run.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise RetroDataError(
-            f"no tokenizer can be loaded from {folder} ({error}). Set tokenizer.name to a folder or "
-            "hub name that holds a tokenizer.json."
+            f"no tokenizer can be loaded from {folder} ({error}). Set {setting} to a folder or hub "
+            "name that holds a tokenizer.json."
         ) from error
     if not tokenizer.is_fast:
         raise RetroDataError(
             f"the tokenizer in {folder} is not a fast one (no tokenizer.json). Convert it with "
-            "transformers, or set tokenizer.name=null to train one."
+            f"transformers, or set {setting} to another."
         )
-    description = tokenizer.backend_tokenizer.to_str()
-    return description, tokenizer.bos_token_id, tokenizer.eos_token_id
-
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise RetroDataError(  # transformers makes an empty one from a model's config.json alone
+            f"{folder} holds no vocabulary (none of {', '.join(VOCABULARY_FILES)}). Set {setting} to a "
+            "folder or hub name that holds a tokenizer.json."
+        )
+    return tokenizer

@@ -109,7 +109,9 @@ def blocks_made(diary: Path) -> list[int]:
     return [entry["block"] for entry in entries(diary)]
 
 
-MAIN = "from arithmetic_stage import main; main()"  # by `python -c`, so that children find the class
+MAIN = (
+    "from arithmetic_stage import main; main()"  # by `python -c`, so that children find the class
+)
 
 
 def main() -> None:
@@ -118,4 +120,3 @@ def main() -> None:
     stage = ArithmeticStage(diary=Path(diary), **json.loads(options))
     engine = LocalEngine(EngineSettings(workers=int(workers))) if int(workers) else InlineEngine()
     complete(stage, Path(folder), engine)
-

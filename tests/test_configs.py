@@ -150,7 +150,11 @@ def test_a_foreign_app_may_mount_it_under_another_name(tmp_path: Path) -> None:
 def test_the_wheel_ships_the_configuration(tmp_path: Path) -> None:
     """A wheel is built, unpacked into an environment of its own, and serves the foreign app."""
     source = tmp_path / "source"  # built from a copy: no build folder is left in the repository
-    shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(".*", "data", "outputs"))
+    source.mkdir()
+    for name in ("retro_data", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
     pip = [sys.executable, "-m", "pip"]
     options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist")]
     subprocess.run([*pip, "wheel", *options, str(source)], check=True, timeout=240)

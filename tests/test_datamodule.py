@@ -498,17 +498,22 @@ def test_a_datamodule_can_be_pickled(arguments: dict[str, Any]) -> None:
 
 
 def on_one_rank(arguments: dict[str, Any], broken: dict[str, Any], checkpoint: str) -> Any:
-    """Resume what one rank began, with validation after the epoch; then fail to prepare."""
+    """Resume what one rank began, validating after the epoch; then do two things that must fail."""
     lightning = importlib.import_module(LIGHTNINGS[0])
+
+    def trainer() -> Any:
+        return make_trainer(lightning, strategy="ddp", devices=2, max_epochs=1)
+
+    early = RetroDataModule(**arguments).train_dataloader()  # before there are ranks
     model = make_model(lightning)
-    trainer = make_trainer(lightning, strategy="ddp", devices=2, max_epochs=1)
-    trainer.fit(model, datamodule=RetroDataModule(**arguments), ckpt_path=checkpoint)
-    trainer = make_trainer(lightning, strategy="ddp", devices=2)
-    try:
-        trainer.fit(make_model(lightning), datamodule=RetroDataModule(**broken))
-    except RetroDataError:
-        return model.seen, model.evaluated, traceback.format_exc()
-    return model.seen, model.evaluated, "no error"
+    trainer().fit(model, datamodule=RetroDataModule(**arguments), ckpt_path=checkpoint)
+    failures = []
+    for data in ({"datamodule": RetroDataModule(**broken)}, {"train_dataloaders": early}):
+        try:
+            trainer().fit(make_model(lightning), **data)
+        except RetroDataError:
+            failures.append(traceback.format_exc())
+    return model.seen, model.evaluated, failures
 
 
 @pytest.fixture(scope="module")
@@ -543,6 +548,11 @@ def test_two_ranks_evaluate_each_sample_once(
 
 
 def test_a_failure_to_prepare_is_raised_on_all_ranks_with_its_cause(two_ranks: list[Any]) -> None:
-    for _, _, text in two_ranks:
-        assert "prepare_data failed on rank 0" in text
-        assert "holds no data prepared with these settings" in text
+    for _, _, failures in two_ranks:
+        assert "prepare_data failed on rank 0" in failures[0]
+        assert "holds no data prepared with these settings" in failures[0]
+
+
+def test_a_loader_made_for_one_process_is_refused_by_two(two_ranks: list[Any]) -> None:
+    for _, _, failures in two_ranks:
+        assert "made for 1 process, and is read by 2" in failures[1]

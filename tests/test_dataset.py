@@ -26,6 +26,7 @@ from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 
 VOCAB = 60_000  # every token of a fixture is another number
 PAD, EOS = VOCAB, VOCAB - 1
+FILLER = 2  # stored beyond a chunk's tokens: lengths alone say what is real
 CHUNK = 4
 
 
@@ -49,7 +50,7 @@ def write_chunks(
     """A chunk store of documents with these numbers of tokens, counted upwards."""
     counts = [-(-n // size) for n in lengths]
     total = sum(counts)
-    tokens = np.full((total, size), PAD, dtype)
+    tokens = np.full((total, size), FILLER, dtype)
     chunk_lengths = np.zeros(total, np.uint8)
     row, token = 0, first_token
     for n in lengths:

@@ -349,6 +349,13 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder: Path)
         embedder_folder(EmbedderSettings(name=str(tmp_path / "e")))
 
 
+def test_an_encoder_without_a_vocabulary_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Of a config.json alone transformers makes a tokenizer to which every word is unknown."""
+    shutil.copytree(tiny_encoder, tmp_path / "e", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(RetroDataError, match=r"no vocabulary.*embedder\.name"):
+        embedder(tmp_path / "e")
+
+
 def test_a_name_that_is_nowhere_is_refused_with_the_command() -> None:
     with pytest.raises(RetroDataError, match="hf download no-such/encoder"):
         embedder_folder(EmbedderSettings(name="no-such/encoder"))

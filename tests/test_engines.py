@@ -70,7 +70,9 @@ def test_worker_counts_and_the_order_of_blocks_change_no_byte(tmp_path: Path):
 
 
 def test_a_light_stage_starts_no_process(tmp_path: Path, diary: Path):
-    complete(ArithmeticStage(ROWS, diary, resources=Resources(light=True)), tmp_path / "a", local(2))
+    complete(
+        ArithmeticStage(ROWS, diary, resources=Resources(light=True)), tmp_path / "a", local(2)
+    )
     assert {entry["pid"] for entry in entries(diary)} == {os.getpid()}
 
 
@@ -108,7 +110,9 @@ def test_a_worker_that_dies_is_named_with_its_cause(
 ):
     began = time.monotonic()
     with pytest.raises(StageFailed) as failure:
-        complete(ArithmeticStage(ROWS, diary, fate={0: fate}, seconds=0.1), tmp_path / "a", local(2))
+        complete(
+            ArithmeticStage(ROWS, diary, fate={0: fate}, seconds=0.1), tmp_path / "a", local(2)
+        )
     dead = next(entry["pid"] for entry in entries(diary) if entry["block"] == 0)
     assert f"arithmetic: the worker process {dead} {cause}" in str(failure.value)
     assert "during block 0" in str(failure.value)

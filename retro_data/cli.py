@@ -1,7 +1,7 @@
 """`retro-data`: prepare, look, verify and inspect from a shell, by Hydra overrides.
 
-    retro-data prepare data.root=data/wiki data.corpus.path=wiki.jsonl.zst data/embedder=minilm
-    retro-data status  …same overrides…
+retro-data prepare data.root=data/wiki data.corpus.path=wiki.jsonl.zst data/embedder=minilm
+retro-data status  …same overrides…
 """
 
 from __future__ import annotations

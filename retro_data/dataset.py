@@ -69,10 +69,10 @@ class SequencePlan:
 
     def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
         """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and of -1."""
-        chunks = np.where(indices >= 0, self.chunks[indices], 0)
         position = np.arange(chunks_per_sequence)
         rows: Array = self.first[indices][:, None] + position
-        rows[position >= chunks[:, None]] = -1
+        rows[position >= self.chunks[indices][:, None]] = -1
+        rows[indices < 0] = -1
         return rows
 
 
@@ -123,13 +123,13 @@ class _ChunkReader:
     Args:
         stores: the stores, in the order of global rows.
         follow: tokens to take of the chunk that follows.
-        pad_id: token of a chunk that is not there.
     """
 
-    def __init__(self, stores: DatabaseStores, follow: int, pad_id: int) -> None:
+    def __init__(self, stores: DatabaseStores, follow: int) -> None:
         self.first_rows = np.asarray(stores.first_rows, np.int64)
         self.num_rows = len(stores)
-        self.stores = [_StoreReader(store, follow, pad_id) for store in stores.stores]
+        self.stores = [_StoreReader(store, follow) for store in stores.stores]
+        self.dtype = np.result_type(*[store.tokens.dtype for store in stores.stores])
         documents = [len(store.documents) for store in stores.stores]
         self.first_documents = np.cumsum([0, *documents])
 
@@ -137,47 +137,52 @@ class _ChunkReader:
         """What lies at rows (R,) int64; -1 stands for no chunk.
 
         Returns:
-            tokens (R, chunk_size + follow), meaningless beyond the lengths, pad_id for no chunk;
-            lengths (R, 2) of the chunk and of the one that follows, 0 where that is of another
-            document; documents (R,), global, -1 for no chunk.
+            tokens (R, chunk_size + follow), meaningless beyond the lengths; lengths (R, 2) of the
+            chunk and of the one that follows, 0 for no chunk and where that is of another
+            document; documents (R,), global, meaningless for no chunk.
+
+        Raises:
+            RetroDataError: a row beyond the last.
         """
+        top = rows.max(initial=-1)
+        if top >= self.num_rows:
+            raise RetroDataError(
+                f"chunk {top} was asked for, a neighbor perhaps, where there are {self.num_rows}. "
+                "`retro-data verify` lists damaged artifacts."
+            )
         if len(self.stores) == 1:
-            return self.stores[0](rows)
+            return self.stores[0](rows, top)
         parts = []
         for store, chosen, local in _by_store(rows, self.first_rows):
-            tokens, lengths, documents = self.stores[store](local)
-            documents = np.where(local < 0, -1, self.first_documents[store] + documents)
-            parts.append((chosen, tokens, lengths, documents))
-        back = np.argsort(np.concatenate([part[0] for part in parts]))
-        tokens, lengths, documents = (
-            np.concatenate([part[i] for part in parts])[back] for i in (1, 2, 3)
+            tokens, lengths, documents = self.stores[store](local, local.max())
+            parts.append((chosen, tokens, lengths, self.first_documents[store] + documents))
+        columns = tuple(zip(*parts, strict=True))
+        back = np.argsort(np.concatenate(columns[0]))
+        return (
+            np.concatenate(columns[1], dtype=self.dtype)[back],
+            np.concatenate(columns[2])[back],
+            np.concatenate(columns[3])[back],
         )
-        return tokens, lengths, documents
 
 
 class _StoreReader:
     """`_ChunkReader` of one store."""
 
-    def __init__(self, store: ChunkStore, follow: int, pad_id: int) -> None:
+    def __init__(self, store: ChunkStore, follow: int) -> None:
         self.store = store
         self.last = len(store) - 1
         self.tokens = _overlapping(store.tokens, store.chunk_size + follow)
         self.lengths = _overlapping(store.lengths, 2)
         self.documents = _overlapping(store.document_of_chunk, 2)
-        self.padding = _item(self.tokens, store.tokens.dtype, pad_id)
-        self.no_length = _item(self.lengths, store.lengths.dtype, 0)
-        self.no_document = _item(self.documents, store.document_of_chunk.dtype, -1)
+        self.no_lengths = _item(self.lengths.dtype, store.lengths.dtype, 0)
 
-    def __call__(self, rows: Array) -> tuple[Array, Array, Array]:
-        absent = rows < 0
+    def __call__(self, rows: Array, top: int) -> tuple[Array, Array, Array]:
         start = np.maximum(rows, 0)
-        ends_store = start.max(initial=0) >= self.last >= 0  # nothing follows the last row
+        ends_store = top == self.last >= 0  # nothing follows the last row: it is read by itself
         if ends_store:
             start = np.minimum(start, max(self.last - 1, 0))
         tokens, lengths, documents = self.tokens[start], self.lengths[start], self.documents[start]
-        tokens[absent] = self.padding
-        lengths[absent] = self.no_length
-        documents[absent] = self.no_document
+        lengths[rows < 0] = self.no_lengths
         tokens = tokens.view(self.store.tokens.dtype).reshape(len(rows), -1)
         lengths = lengths.view(self.store.lengths.dtype).reshape(-1, 2)
         documents = documents.view(self.store.document_of_chunk.dtype).reshape(-1, 2)
@@ -227,7 +232,7 @@ class _Ids:
     def __init__(self, ids: Array, num_neighbors: int) -> None:
         self.dtype: np.dtype[Any] = ids.dtype
         self.items = _overlapping(ids, num_neighbors)
-        self.none = _item(self.items, ids.dtype, -1)
+        self.none = _item(self.items.dtype, ids.dtype, -1)
 
     def __call__(self, rows: Array) -> Array:
         found: Array = self.items[np.maximum(rows, 0)]
@@ -255,9 +260,9 @@ def _overlapping(array: Array, width: int) -> Array:
     return np.ndarray((rows,), f"V{width * size}", array, strides=(row_items * size,))
 
 
-def _item(items: Array, dtype: np.dtype[Any], value: int) -> Any:
-    """An opaque item of `items` that holds `value` throughout."""
-    return np.full(items.dtype.itemsize // dtype.itemsize, value, dtype).view(items.dtype)[0]
+def _item(opaque: np.dtype[Any], dtype: np.dtype[Any], value: int) -> Any:
+    """An opaque item that holds `value` throughout."""
+    return np.full(opaque.itemsize // dtype.itemsize, value, dtype).view(opaque)[0]
 
 
 class _Readers:
@@ -265,13 +270,18 @@ class _Readers:
 
     def __init__(self, dataset: RetroDataset) -> None:
         size, pad_id = dataset.chunk_size, dataset.pad_id
-        self.chunks = _ChunkReader(dataset.chunks, 1, pad_id)
-        self.no_labels = np.full((1, size), NO_LABEL, np.int64).view(f"V{size * 8}")[0, 0]
+        real = np.arange(size) < np.arange(size + 1)[:, None]
+        self.masks = real.view(f"V{size}").ravel()  # of a chunk, by its length
+        self.wide = np.dtype(f"V{8 * size}")  # a chunk of int64
+        self.no_tokens = _item(self.wide, np.dtype(np.int64), pad_id)
+        self.no_labels = _item(self.wide, np.dtype(np.int64), NO_LABEL)
+        self.chunks = _ChunkReader(dataset.chunks, follow=1)
         if dataset.num_neighbors:
             assert dataset.database is not None
-            self.database = _ChunkReader(dataset.database, size, pad_id)
-            real = np.arange(size) < np.arange(size + 1)[:, None]
-            self.masks = real.view(f"V{size}").ravel()  # of a chunk, by its length
+            self.database = _ChunkReader(dataset.database, follow=size)
+            dtype = self.database.dtype
+            self.narrow = np.dtype(f"V{dtype.itemsize * size}")  # a chunk as it is stored
+            self.no_chunk = _item(self.narrow, dtype, pad_id)
             self.neighbors = _NeighborReader(
                 dataset.neighbor_ids(), dataset.chunks.first_rows, dataset.num_neighbors
             )
@@ -337,6 +347,7 @@ class RetroDataset(Dataset[Batch]):
             raise RetroDataError(f"mode={mode!r} is not offered; there is {', '.join(MODES)}.")
         self._documents = [_documents_of(corpus, split) for corpus in corpora]
         self.plan = self._plan(stride)
+        self._layouts: dict[int, Any] = {}  # of batches, by their size
         self._check_neighbors()
 
     def _plan(self, stride: int | None) -> SequencePlan:
@@ -416,9 +427,17 @@ class RetroDataset(Dataset[Batch]):
 
     def _empty_batch(self, size: int) -> dict[str, Array]:
         """The arrays of a batch, all in one block of memory."""
+        if size not in self._layouts:
+            self._layouts[size] = self._layout(size)
+        layout, total = self._layouts[size]
+        block = np.empty(total, np.uint8)
+        return {name: np.ndarray(shape, dtype, block, at) for name, shape, dtype, at in layout}
+
+    def _layout(self, size: int) -> tuple[list[tuple[str, tuple[int, ...], type, int]], int]:
+        """Name, shape, dtype and place in bytes of each array of a batch; bytes of all."""
         chunks, tokens = (size, self.chunks_per_sequence), (size, self.seq_len)
         retrieved = (*chunks, self.num_neighbors, 2 * self.chunk_size)
-        layout: tuple[tuple[str, tuple[int, ...], type], ...] = (
+        arrays: tuple[tuple[str, tuple[int, ...], type], ...] = (
             ("input_ids", tokens, np.int64),
             ("labels", tokens, np.int64),
             ("chunk_lengths", chunks, np.int64),
@@ -427,53 +446,48 @@ class RetroDataset(Dataset[Batch]):
             ("document_ids", chunks, np.int64),
             ("neighbor_mask", retrieved, np.bool_),  # last: all others are aligned to 8 bytes
         )
-        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in layout]
-        block = np.empty(sum(sizes), np.uint8)
+        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in arrays]
         starts = itertools.accumulate(sizes, initial=0)
-        return {
-            name: np.ndarray(shape, dtype, block, start)
-            for (name, shape, dtype), start in zip(layout, starts, strict=False)
-        }
+        return [(*array, at) for array, at in zip(arrays, starts, strict=False)], sum(sizes)
 
     def _fill_text(self, rows: Array, batch: dict[str, Array]) -> None:
-        size = self.chunk_size
+        size, read = self.chunk_size, self._readers
         flat = rows.ravel()
-        tokens, lengths, documents = self._readers.chunks(flat)
+        tokens, lengths, documents = read.chunks(flat)
         inputs = batch["input_ids"].reshape(-1, size)
         labels = batch["labels"].reshape(-1, size)
         inputs[...] = tokens[:, :size]
         labels[...] = tokens[:, 1:]
         absent = flat < 0
-        labels.view(self._readers.no_labels.dtype).ravel()[absent] = self._readers.no_labels
+        inputs.view(read.wide).ravel()[absent] = read.no_tokens
+        labels.view(read.wide).ravel()[absent] = read.no_labels
         ends = np.flatnonzero((lengths[:, 1] == 0) & ~absent)
         self._end_documents(inputs, labels, ends, lengths[ends, 0])
         batch["chunk_lengths"][...] = lengths[:, 0].reshape(rows.shape)
         batch["chunk_ids"][...] = rows
         batch["document_ids"][...] = documents.reshape(rows.shape)
+        batch["document_ids"][rows < 0] = -1
 
     def _end_documents(self, inputs: Array, labels: Array, ends: Array, lengths: Array) -> None:
         """Put padding, and the label that ends a document, into its last chunk: rows `ends`."""
-        row, position = np.nonzero(np.arange(self.chunk_size) >= lengths[:, None])
-        inputs[ends[row], position] = self.pad_id
-        labels[ends[row], position] = NO_LABEL
-        end = NO_LABEL if self.eos_id is None else self.eos_id
-        labels[ends, lengths.astype(np.int64) - 1] = end
+        real = self._readers.masks.take(lengths).view(bool).reshape(-1, self.chunk_size)
+        inputs[ends] = np.where(real, inputs[ends], self.pad_id)
+        labels[ends] = np.where(real, labels[ends], NO_LABEL)
+        labels[ends, lengths - 1] = NO_LABEL if self.eos_id is None else self.eos_id
 
     def _fill_neighbors(self, rows: Array, batch: dict[str, Array]) -> None:
-        size = self.chunk_size
-        ids = self._readers.neighbors(rows.ravel()).ravel()
-        if ids.max(initial=-1) >= self._readers.database.num_rows:
-            raise RetroDataError(
-                f"stored neighbor {ids.max()} lies beyond the {self._readers.database.num_rows} "
-                "chunks of the database. `retro-data verify` lists damaged artifacts."
-            )
-        tokens, lengths, _ = self._readers.database(ids)
-        masks = self._readers.masks
-        mask = batch["neighbor_mask"].reshape(len(ids), -1)
-        mask.view(masks.dtype)[...] = masks.take(lengths)
-        cut = np.flatnonzero((lengths[:, 1] < size) & (ids >= 0))  # continuation short or missing
-        tokens[cut] = np.where(mask[cut], tokens[cut], tokens.dtype.type(self.pad_id))
-        batch["neighbor_tokens"].reshape(mask.shape)[...] = tokens
+        size, read = self.chunk_size, self._readers
+        ids = read.neighbors(rows.ravel()).ravel()
+        tokens, lengths, _ = read.database(ids)
+        tokens = tokens.reshape(-1, size)  # neighbor and continuation by turns
+        lengths = lengths.ravel()
+        tokens.view(read.narrow).ravel()[lengths == 0] = read.no_chunk
+        cut = np.flatnonzero((lengths > 0) & (lengths < size))
+        real = read.masks.take(lengths[cut]).view(bool).reshape(-1, size)
+        tokens[cut] = np.where(real, tokens[cut], tokens.dtype.type(self.pad_id))
+        batch["neighbor_tokens"].reshape(-1, size)[...] = tokens
+        mask = batch["neighbor_mask"].reshape(-1, size).view(read.masks.dtype).ravel()
+        read.masks.take(lengths, out=mask, mode="clip")
 
 
 def _stacked(corpora: Sequence[PreparedCorpus]) -> DatabaseStores:

@@ -366,12 +366,12 @@ def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int) -> _Sizes:
         return min(max(int(memory_bytes * part) // row_bytes, least), most)
 
     kept = k + max(16, k // 2)
-    listed = kept + max(64, 2 * k)
+    listed = kept + max(32, k)
     # Float16 rows, their float32 copy and its square exist together for a moment: 10 bytes a value.
-    columns = share(1 / 4, 10 * dim, 64, max(4096, 32 * k)) // _GROUP * _GROUP
+    columns = share(1 / 4, 10 * dim, 64, max(2048, 64 * k)) // _GROUP * _GROUP
     return _Sizes(
         panel=share(1 / 2, 10 * dim + 12 * listed + 64, 16, max(num_queries, 16)),
-        rows=share(1 / 16, 5 * columns, 16, 1024),
+        rows=share(1 / 16, 5 * columns, 16, max(2**22 // columns, 256)),  # scores stay in cache
         columns=columns,
         kept=kept,
         listed=listed,
@@ -426,7 +426,7 @@ class _Panel:
         for rows in torch.arange(len(self.kth)).split(self.sizes.rows):
             self._cut(rows)
             ids, scores = self.ids[rows, : self.sizes.kept], self.scores[rows, : self.sizes.kept]
-            order, keys = self._rank(rows, ids, self._reaches(rows, scores))
+            order, keys = self._rank(rows, ids, scores >= self._floor(rows)[:, None])
             found = (keys < torch.inf) & self.is_real[rows, None]
             all_ids.append(ids.gather(1, order).where(found, -1)[:, : self.k])
             all_keys.append(keys.where(found, torch.inf)[:, : self.k])
@@ -460,29 +460,28 @@ class _Panel:
         inside = (own >= torch.from_numpy(low[part])) & (own < torch.from_numpy(high[part]))
         scores[own[0] : own[-1] + 1, part].masked_fill_(inside, -torch.inf)
 
-    def _reaches(self, rows: slice | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Which of the (n, w) scores of these queries may be among their k nearest."""
-        return scores >= (self.kth[rows] - self._margin(rows))[:, None]
+    def _floor(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """The least scores by which a row may be among the k nearest of these queries."""
+        return self.kth[rows] - self._margin(rows)
 
     def _open(self, scores: torch.Tensor, rows: slice, tile_ids: torch.Tensor) -> None:
         """Finds the candidates in (groups, rows of a group, queries) scores."""
-        maxima = scores.amax(1).T
-        opened = self._reaches(rows, maxima)
-        crowded = (opened.sum(1) > 2 * self.k).nonzero().squeeze(1)
+        maxima = scores.amax(1)
+        group, query = (maxima >= self._floor(rows)).nonzero(as_tuple=True)
+        crowded = (query.bincount(minlength=scores.shape[2]) > 2 * self.k).nonzero().squeeze(1)
         if len(crowded):
             # k groups hold k rows of at least the k-th maximum: seeds and lifts the threshold.
             seen = rows.start + crowded
-            lifted = maxima[crowded].topk(self.k).values[:, -1]
+            lifted = maxima[:, crowded].T.topk(self.k).values[:, -1]
             self.kth[seen] = torch.maximum(self.kth[seen], lifted)
-            opened = self._reaches(rows, maxima)
-        query, group = opened.contiguous().nonzero(as_tuple=True)
+            group, query = (maxima >= self._floor(rows)).nonzero(as_tuple=True)
         for part in torch.arange(len(query)).split(max(scores.numel() // 128, 1)):
-            queries, groups = query[part], group[part]
+            groups, queries = group[part], query[part]
             values = scores[groups, :, queries]
-            queries += rows.start
-            hit, member = self._reaches(queries, values).nonzero(as_tuple=True)
+            hit, member = (values >= self._floor(rows)[queries, None]).nonzero(as_tuple=True)
+            queries, order = queries[hit].sort(stable=True)
             ids = tile_ids[groups[hit] * _GROUP + member]
-            self._join(queries[hit], ids, values[hit, member])
+            self._join(rows.start + queries, ids[order], values[hit, member][order])
 
     def _join(self, rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         """Candidates, ordered by query, join the lists of their queries; full lists are cut."""
@@ -491,15 +490,15 @@ class _Panel:
             first = counts.cumsum(0) - counts
             place = torch.arange(len(rows)) + (self.filled[queries] - first)[slot]
             fits = place < self.sizes.listed
-            self.scores[rows[fits], place[fits]] = scores[fits]
-            self.ids[rows[fits], place[fits]] = ids[fits]
+            at = rows[fits] * self.sizes.listed + place[fits]
+            self.scores.view(-1)[at], self.ids.view(-1)[at] = scores[fits], ids[fits]
             self.filled[queries] += counts
             full = queries[self.filled[queries] >= self.sizes.listed]
             if not len(full):
                 return
             self._cut(full)
             late = (~fits).nonzero().squeeze(1)
-            late = late[self._reaches(rows[late], scores[late, None])[:, 0]]
+            late = late[scores[late] >= self._floor(rows[late])]
             rows, ids, scores = rows[late], ids[late], scores[late]
 
     def _cut(self, rows: torch.Tensor) -> None:
@@ -508,11 +507,11 @@ class _Panel:
         ids, scores = self.ids[rows], self.scores[rows]
         best, place = scores.topk(kept + 1)
         self.kth[rows] = torch.maximum(self.kth[rows], best[:, k - 1])
-        reach = self._reaches(rows, best)
+        reach = best >= self._floor(rows)[:, None]
         tied = reach[:, kept].nonzero().squeeze(1)
         if len(tied):
             # More near-ties than a list keeps: the exact distances of all of them decide.
-            valid = self._reaches(rows[tied], scores[tied])
+            valid = scores[tied] >= self._floor(rows[tied])[:, None]
             order = self._rank(rows[tied], ids[tied], valid)[0][:, :k]
             place[tied, :k], best[tied, :k] = order, scores[tied].gather(1, order)
             best[tied, k:], reach[tied, k:] = -torch.inf, False
@@ -548,8 +547,9 @@ def _order_by_distance(
     row, column = valid.nonzero(as_tuple=True)
     pair_ids = ids[row, column]
     for pair in pair_ids.argsort().split(pairs):  # reads the database in order
-        terms = torch.from_numpy(database.take(pair_ids[pair].numpy())).double()
-        query = queries[row[pair]].double()
+        # By way of float32, which is exact: there is no fast conversion from float16 to float64.
+        terms = torch.from_numpy(database.take(pair_ids[pair].numpy())).float().double()
+        query = queries.index_select(0, row[pair]).double()
         terms = terms.sub_(query).square_() if metric == "l2" else terms.mul_(query).neg_()
         keys[row[pair], column[pair]] = fixed_sum(terms).float()
     order = torch.from_numpy(np.lexsort((ids.numpy(), keys.numpy())))

@@ -41,7 +41,7 @@ LOAD_ROWS = 2**18  # rows read from disk and sent to the device at once
 RESIDENT_SHARE = 0.6  # of free device memory that a database may fill; a larger one is streamed
 
 
-# ---- kernels ---------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -133,7 +133,9 @@ def _best_groups_kernel(
             while group_top > least:  # it takes the place of the smallest one kept
                 _, worst = tl.min(best, 0, return_indices=True)
                 best = tl.where(place == worst, group_top, best)
-                best_group = tl.where(place == worst, (start + at) * IN_BLOCK + group_at, best_group)
+                best_group = tl.where(
+                    place == worst, (start + at) * IN_BLOCK + group_at, best_group
+                )
                 least = tl.min(best, 0)
                 maxima = tl.where(inner == group_at, float("-inf"), maxima)
                 group_top, group_at = tl.max(maxima, 0, return_indices=True)
@@ -184,14 +186,14 @@ def _score_groups_kernel(
         tl.store(columns + out, tl.where(real, column, -1))
 
 
-# ---- the database on the device ----------------------------------------------------------------------
+# ---- the database on the device ------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
-    """Admitted rows [first, first + count) of the database, padded to whole blocks of columns."""
+    """Admitted rows [first, first + num_rows) of the database, padded to whole blocks of columns."""
 
     first: int
-    count: int
+    num_rows: int
     rows: Tensor  # (width, d) float16
     bias: Tensor  # (width,) float32, |x|²/2 or 0; +inf for padding
     largest: float  # squared norm among the rows
@@ -321,12 +323,15 @@ class GpuSearch:
             for some in crowded.split(max(1, step // 64)):
                 wide = torch.where(scores[some] > -torch.inf, columns[some], -1)
                 ranked = self._ranked(panel.rows[rows][some], tile, wide)
-                keys[rows.start + some], ids[rows.start + some] = (r[:, :candidates] for r in ranked)
+                keys[rows.start + some], ids[rows.start + some] = (
+                    r[:, :candidates] for r in ranked
+                )
         return keys, ids
 
     def _slack(self, panel: _Panel, rows: slice, tile: _Tile) -> Tensor:
         """More than the rounding of two float32 scores of these queries can differ by."""
-        return 2.0**-20 * (self.dim + 16) ** 0.5 * (panel.squared[rows] + tile.largest)
+        factor: float = 2.0**-20 * (self.dim + 16) ** 0.5
+        return factor * (panel.squared[rows] + tile.largest)
 
     def _floor(self, panel: _Panel, worst: Tensor) -> Tensor:
         """A score that a group must beat to matter, given the k-th best key so far."""
@@ -347,7 +352,9 @@ class GpuSearch:
         fine = torch.empty(height, blocks * (BLOCK_N // GROUP), device=self.device)
         coarse = torch.empty(height, -(-blocks // 4) * 4, device=self.device)
         on_gpu = self.device.type == "cuda"
-        programs = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
+        programs = (
+            torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
+        )
         _group_maxima_kernel[(programs,)](
             TensorDescriptor.from_tensor(panel.rows, [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(tile.rows, [BLOCK_N, BLOCK_K]),
@@ -409,7 +416,7 @@ class GpuSearch:
             scores,
             columns,
             rows.start,
-            tile.count,
+            tile.num_rows,
             DIM=self.dim,
             KEEP=keep,
             AT_ONCE=16,
@@ -463,9 +470,7 @@ def _padded(values: Tensor, height: int, fill: float = 0) -> Tensor:
     return padded
 
 
-def _merge(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], k: int
-) -> tuple[Tensor, Tensor]:
+def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k first of two lists of (keys, ids) by (key, id)."""
     keys, ids = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
     keys, ids = _ordered(keys, ids)

@@ -38,7 +38,8 @@ class ArithmeticStage:
         diary: a file to which every block made adds a line: its number and the process.
         block_rows: the tiling, which no byte depends on.
         seconds: that a block takes.
-        fate: block number to "raise" (an error), "kill" (SIGKILL) or "exit" (of the process).
+        fate: block number to "raise" (an error), "kill" (SIGKILL), "exit" (of the process), or
+            "meet": wait until another process has begun a block.
     """
 
     name = "arithmetic"
@@ -77,8 +78,8 @@ class ArithmeticStage:
     def make(self, context: str, block: Block, out: BlockWriter) -> None:
         environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST")}
         entry = {"block": block.index, "pid": os.getpid(), "environment": environment}
-        with open(self.diary, "a", encoding="utf-8") as diary:
-            diary.write(json.dumps({**entry, "device": context}) + "\n")
+        with open(self.diary, "ab", buffering=0) as diary:  # in one piece, whoever else writes
+            diary.write((json.dumps({**entry, "device": context}) + "\n").encode())
         time.sleep(self.seconds)
         match self.fate.get(block.index):
             case "raise":
@@ -87,9 +88,18 @@ class ArithmeticStage:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(7)
+            case "meet":
+                self._meet()
         out.array(part_name(block.index, SQUARES), np.arange(block.start, block.stop) ** 2)
         out.rows = block.stop - block.start
         out.count("squares", out.rows)
+
+    def _meet(self) -> None:
+        until = time.monotonic() + 60
+        while all(entry["pid"] == os.getpid() for entry in entries(self.diary)):
+            if time.monotonic() > until:
+                raise TimeoutError("no other process came")
+            time.sleep(0.01)
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
         return {
@@ -102,7 +112,8 @@ class ArithmeticStage:
 def entries(diary: Path) -> list[dict[str, Any]]:
     if not diary.exists():
         return []
-    return [json.loads(line) for line in diary.read_text("utf-8").splitlines()]
+    whole = diary.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def blocks_made(diary: Path) -> list[int]:

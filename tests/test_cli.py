@@ -82,7 +82,10 @@ def test_a_refusal_is_one_message_without_a_traceback(capsys: pytest.CaptureFixt
 
 
 def test_it_is_a_module_and_a_command() -> None:
-    for command in ([sys.executable, "-m", "retro_data"], [Path(sys.executable).parent / "retro-data"]):
+    for command in (
+        [sys.executable, "-m", "retro_data"],
+        [Path(sys.executable).parent / "retro-data"],
+    ):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0
         assert "prepare" in done.stdout

@@ -19,9 +19,7 @@ from retro_data import RetroDataModule
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
-OPTIONS = [
-    f"data/{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("data/*/*.yaml"))
-]
+OPTIONS = [f"data/{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("data/*/*.yaml"))]
 NEEDED = ["data.corpus.path=corpus.jsonl", "data.tokenizer.name=null"]  # what a user must say
 
 

@@ -33,7 +33,9 @@ def cosines(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any,
     return np.asarray((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
-@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("fp16", 0.9999), ("bf16", 0.999)])
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp32", 0.99999), ("fp16", 0.9999), ("bf16", 0.999)]
+)
 def test_vectors_agree_with_the_cpu(tiny_encoder: Path, precision: str, least: float) -> None:
     from conftest import make_documents
 

@@ -124,7 +124,7 @@ def stages_made(arguments: Arguments, root: Path) -> set[str]:
     return set(recorder.made)
 
 
-# ---- keys ------------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------
 
 
 def keys(arguments: Arguments, root: Path) -> dict[str, str]:
@@ -248,7 +248,7 @@ def test_a_named_tokenizer_is_known_by_its_bytes(
     assert stages_changed(named, again, tmp_path) == FROM_TOKENIZER
 
 
-# ---- never twice -----------------------------------------------------------------------------------
+# ---- never twice ---------------------------------------------------------------------------------
 
 
 def stat_of_files(root: Path) -> dict[Path, tuple[int, int]]:
@@ -286,7 +286,7 @@ def test_a_moved_root_and_a_moved_corpus_are_found_again(
     assert stages_made(changed(base, "corpus.path", str(copy)), moved) == set()
 
 
-# ---- the same bytes --------------------------------------------------------------------------------
+# ---- the same bytes ------------------------------------------------------------------------------
 
 
 def other_tiling(base: Arguments) -> Arguments:
@@ -320,7 +320,7 @@ def test_exact_neighbors_do_not_depend_on_the_tiling(
     assert len(found[0]) == len(contents(reference)) + 2
 
 
-# ---- killed and resumed ----------------------------------------------------------------------------
+# ---- killed and resumed --------------------------------------------------------------------------
 
 KILLED = """
 import json, os, signal, sys
@@ -498,7 +498,7 @@ def kept(root: Path) -> list[Receipt]:
     return read_receipts(folder)
 
 
-# ---- opening, looking, verifying -------------------------------------------------------------------
+# ---- opening, looking, verifying -----------------------------------------------------------------
 
 
 def test_an_unprepared_root_names_the_command(base: Arguments, tmp_path: Path):
@@ -622,7 +622,7 @@ def test_verify_says_what_is_unfinished(base: Arguments, tmp_path: Path):
     assert all("retro-data prepare" in wrong[0] for wrong in found.values())
 
 
-# ---- several corpora -------------------------------------------------------------------------------
+# ---- several corpora -----------------------------------------------------------------------------
 
 
 def test_corpora_of_their_own_splits(base: Arguments, tmp_path: Path):
@@ -669,7 +669,7 @@ def test_a_database_of_another_corpus(base: Arguments, tmp_path: Path):
     assert 0 <= queries.neighbors.ids.max() < len(opened.corpora[1].chunks)
 
 
-# ---- settings that cannot be -----------------------------------------------------------------------
+# ---- settings that cannot be ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def all_documents(reader: Reader) -> list[Document]:
     return [record for record in records if isinstance(record, Document)]
 
 
-# ---- spans -----------------------------------------------------------------------------------------
+# ---- spans ---------------------------------------------------------------------------------------
 
 TEXTS = st.one_of(st.just(""), st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=60))
 FILES = st.lists(st.lists(TEXTS, max_size=8), min_size=1, max_size=5)
@@ -117,7 +117,7 @@ def test_a_large_file_is_cut_and_small_files_are_gathered(
     assert 5 < counts[0] < 40
 
 
-# ---- identity --------------------------------------------------------------------------------------
+# ---- identity ------------------------------------------------------------------------------------
 
 
 def test_an_identity_is_of_the_source_and_the_id():
@@ -150,7 +150,7 @@ def test_doubled_ids_are_refused_with_examples_and_the_setting(
     assert corpus.manifest["rows"] == 12
 
 
-# ---- digests ---------------------------------------------------------------------------------------
+# ---- digests -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_version_that_the_source_keeps_stands_for_the_bytes(corpus_folder: Pat
     assert names == []
 
 
-# ---- changes between scan and use ------------------------------------------------------------------
+# ---- changes between scan and use ----------------------------------------------------------------
 
 
 def rewrite(path: Path) -> None:
@@ -309,7 +309,7 @@ def test_preparing_stops_at_a_file_that_changes_under_it(small: Any, tmp_path: P
     assert len(pipeline.open_prepared(settings).corpora[0].chunks.documents) == 20
 
 
-# ---- what the scan writes --------------------------------------------------------------------------
+# ---- what the scan writes ------------------------------------------------------------------------
 
 
 def test_the_report_says_what_was_skipped_and_why(tmp_path: Path):

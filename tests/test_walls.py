@@ -60,7 +60,7 @@ def test_the_source_is_all_there():
     assert {"pipeline.py", "engines/local.py"} <= set(MODULES)
 
 
-# ---- who imports what ------------------------------------------------------------------------------
+# ---- who imports what ----------------------------------------------------------------------------
 
 
 def test_only_the_datamodule_and_the_reference_model_know_lightning():
@@ -138,7 +138,7 @@ def test_the_package_itself_loads_next_to_nothing():
     assert ran.stdout.split() == []
 
 
-# ---- who writes what -------------------------------------------------------------------------------
+# ---- who writes what -----------------------------------------------------------------------------
 
 ENDINGS = (".npy", ".json", ".jsonl", ".tsv", ".index")
 SPELL_NAMES = {  # module -> the file names that it may spell, None: any

@@ -188,12 +188,15 @@ class Step:
         return f"{self.stage.name} {self.corpus}" if self.corpus else self.stage.name
 
 
-def steps(settings: Settings) -> Iterator[Step]:
+def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
     """Every artifact of a configuration, in order.
 
     The steps up to the embeddings are known as soon as the corpora are digested. Whoever wants the
     last ones must finish each step before asking for the next: whether there is an index depends on
     the number of chunks where `neighbors.search` is auto. Without that, the iteration just ends.
+
+    Args:
+        read_all: digest every file of the corpora anew, whatever their size and time say.
     """
     root, names = settings.root, [corpus.name for corpus in settings.corpora]
 
@@ -204,7 +207,7 @@ def steps(settings: Settings) -> Iterator[Step]:
     scans = {}
     readers = {corpus.name: open_reader(corpus) for corpus in settings.corpora}
     for name, reader in readers.items():
-        files = digest_files(reader, store.digests_path(root, name))
+        files = digest_files(reader, store.digests_path(root, name), read_all=read_all)
         scans[name] = step(CorpusStage(reader.settings, files), name)
         yield scans[name]
     splits = {corpus.name: corpus.split for corpus in settings.corpora}
@@ -427,13 +430,13 @@ def _status_of(step: Step) -> StageStatus:
 
 
 def verify(settings: Settings) -> dict[str, list[str]]:
-    """Read every file of every finished artifact back and hold it against its digests.
+    """Read the corpora and every file of every finished artifact, and hold them against digests.
 
     Returns:
         Title of each artifact to what is wrong with it: an empty list where nothing is.
     """
     found = {}
-    for step in steps(settings):
+    for step in steps(settings, read_all=True):
         manifest = artifact.read_manifest(step.folder)
         if manifest is None:
             found[step.title] = [f"{step.folder} is not finished: run `retro-data prepare`"]

@@ -79,18 +79,19 @@ def keys_array(keys: Sequence[bytes]) -> np.ndarray[Any, Any]:
 # ---- digests -------------------------------------------------------------------------------------
 
 
-def digest_files(reader: Reader, cache: Path) -> list[DigestedFile]:
+def digest_files(reader: Reader, cache: Path, *, read_all: bool = False) -> list[DigestedFile]:
     """Digest every file of a corpus; files whose size and time of change are known are not read.
 
     Args:
         cache: table of earlier digests, kept beside the artifacts and rewritten when it changes.
+        read_all: believe no earlier digest.
     """
     files = reader.files()
     if not files:
         raise RetroDataError(
             "the corpus has no files to read. Check corpus.path, corpus.format and corpus.glob."
         )
-    known = _read_digests(cache)
+    known = {} if read_all else _read_digests(cache)
     stale = [f for f in files if f.version is None and not _is_known(f, known)]
     if stale:
         total = sum(f.bytes for f in stale)

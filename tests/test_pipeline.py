@@ -711,3 +711,16 @@ def test_worker_settings_reach_the_engine(base: Arguments, tmp_path: Path):
     settings = Settings.create(tmp_path, **base, engine={"workers": 3, "devices": [0]})
     assert settings.engine == EngineSettings(devices=(0,), workers=3)
     assert LocalEngine(settings.engine).settings.workers == 3
+
+
+def test_verify_believes_no_time_of_change(base: Arguments, tmp_path: Path) -> None:
+    """A corpus file whose bytes changed under the same size and time is another corpus."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(20))
+    changes = {"root": tmp_path / "root", "corpus": {"name": "c", "path": str(corpus)}}
+    settings = Settings.create(**{**base, **changes})
+    pipeline.prepare(settings, InlineEngine())
+    assert not any(pipeline.verify(settings).values())
+    before = corpus.stat()
+    corpus.write_bytes(corpus.read_bytes().replace(b"harbour", b"herbour", 1))
+    os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert any(pipeline.verify(settings).values())

@@ -345,19 +345,20 @@ class RetroDataset(Dataset[Batch]):
                 )
         if mode not in MODES:
             raise RetroDataError(f"mode={mode!r} is not offered; there is {', '.join(MODES)}.")
-        self._documents = [_documents_of(corpus, split) for corpus in corpora]
-        self.plan = self._plan(stride)
+        documents = [_documents_of(corpus, split) for corpus in corpora]
+        self._is_read = [len(rows) > 0 for rows in documents]
+        self.plan = self._plan(documents, stride)
         self._layouts: dict[int, Any] = {}  # of batches, by their size
         self._check_neighbors()
 
-    def _plan(self, stride: int | None) -> SequencePlan:
-        first, count = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for store, row, documents in zip(
-            self.chunks.stores, self.chunks.first_rows, self._documents, strict=False
+    def _plan(self, documents: Sequence[Array], stride: int | None) -> SequencePlan:
+        first, count = [], []
+        for store, row, chosen in zip(
+            self.chunks.stores, self.chunks.first_rows[:-1], documents, strict=True
         ):
-            starts = store.documents.first_chunk[documents]
+            starts = store.documents.first_chunk[chosen]
             first.append(row + starts)
-            count.append(store.documents.first_chunk[documents + 1] - starts)
+            count.append(store.documents.first_chunk[chosen + 1] - starts)
         return plan_documents(
             np.concatenate(first), np.concatenate(count), self.chunks_per_sequence, stride
         )
@@ -381,10 +382,10 @@ class RetroDataset(Dataset[Batch]):
     def neighbor_ids(self) -> list[Array | None]:
         """Stored candidates (N, K) of each corpus, None for one without documents in this split."""
         found: list[Array | None] = []
-        for store, lists, documents in zip(
-            self.chunks.stores, self.neighbors, self._documents, strict=True
+        for store, lists, is_read in zip(
+            self.chunks.stores, self.neighbors, self._is_read, strict=True
         ):
-            if not len(documents):
+            if not is_read:
                 found.append(None)
             elif lists is None:
                 raise RetroDataError(

@@ -40,10 +40,13 @@ def main(config: DictConfig) -> None:
         **plain(config.trainer),
     )
     trainer.fit(model, datamodule, ckpt_path=config.ckpt_path)
-    figures = trainer.validate(model, datamodule, verbose=False)[0]
+    split = "val" if len(datamodule.dataset("val")) else "train"
+    if split == "val":
+        figures = trainer.validate(model, datamodule, verbose=False)[0]
+        if trainer.is_global_zero:
+            report(figures)
     if trainer.is_global_zero:
-        report(figures)
-        log.info("\n%s", show_sequence(datamodule, "val"))
+        log.info("\n%s", show_sequence(datamodule, split))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -193,12 +193,14 @@ def open_array(path: Path) -> np.ndarray[Any, Any]:
     except (OSError, ValueError) as error:
         raise RetroDataError(
             f"{path} is not a readable .npy file ({error}). "
-            "`retro-data verify` lists damaged files; `retro-data prepare` makes them again."
+            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
+            "`retro-data prepare` again."
         ) from error
     if found != expected or fortran or dtype.hasobject:
         raise RetroDataError(
             f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. "
-            "`retro-data verify` lists damaged files; `retro-data prepare` makes them again."
+            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
+            "`retro-data prepare` again."
         )
     if 0 in shape:
         return np.empty(shape, dtype)

@@ -29,7 +29,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a refusal or damage found."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     level = logging.DEBUG if options.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "faiss", "autofaiss", "fsspec"):
@@ -107,6 +107,8 @@ def _verify(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
         for line in wrong:
             damaged += 1
             print(f"  {line}")
+    if damaged:
+        print("Remove the folders of damaged artifacts and run `retro-data prepare` again.")
     return 1 if damaged else 0
 
 

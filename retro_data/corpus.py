@@ -88,6 +88,10 @@ class CorpusSettings:
     hf_revision: str | None = keyed(None)
 
     def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise RetroDataError(
+                f"corpus name {self.name!r}: expected a name that can be part of a folder's name"
+            )
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise RetroDataError(

@@ -132,8 +132,8 @@ class Embedder:
         self.dim: int = config.hidden_size
         specials = len(self.prefix) + len(self.suffix)
         positions = config.max_position_embeddings
-        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            positions -= self.pad_id + 1  # their positions are counted from behind the pad id
+        if getattr(self.model.embeddings, "padding_idx", None) is not None:
+            positions -= self.pad_id + 1  # RoBERTa and its kin count from behind the pad id
         self.limit = min(positions - specials, settings.max_embed_tokens or positions)
         if self.limit < 1:
             raise RetroDataError(
@@ -260,9 +260,12 @@ def _load_encoder(folder: Path, dtype: torch.dtype) -> Any:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModel.from_pretrained(
-            str(folder), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-        )
+        return AutoModel.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RetroDataError(
+            f"transformers loads no encoder from {folder} ({error}). Set embedder.name to the folder "
+            "or hub name of a BERT-type encoder."
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +48,7 @@ _MAX_SQUARED_NORM = 2.0**120  # keeps every score and distance below the largest
 _LOWEST = -(2.0**125)  # below every score, and finite so that margins can be subtracted
 _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
+_MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
 
 class Neighbors(NamedTuple):
@@ -187,17 +189,20 @@ class Search:
         return self._on_cpu(queries, k, excluded)
 
     def _on_cpu(self, queries: Vectors, k: int, excluded: np.ndarray) -> Neighbors:
-        sizes = _sizes(*queries.shape, k, self.memory_bytes)
         ids = np.empty((queries.shape[0], k), np.int64)
         distances = np.empty((queries.shape[0], k), np.float32)
-        buffer = torch.empty(sizes.rows * sizes.columns)
-        with torch.inference_mode(), _full_float32_products():
+        with torch.inference_mode(), _full_float32_products(), _Workers() as workers:
+            sizes = _sizes(*queries.shape, k, self.memory_bytes, workers.count)
             for start in range(0, queries.shape[0], sizes.panel):
                 part = slice(start, min(start + sizes.panel, queries.shape[0]))
                 panel = _Panel(queries, part, self.database, excluded, k, self.metric, sizes)
                 for tile in _tiles(self.database, self.admitted, self.metric, sizes.columns):
-                    panel.add(tile, buffer)
-                ids[part], distances[part] = panel.result()
+                    workers.wait()  # while they scored the last tile, this one was read
+                    panel.reach = max(panel.reach, tile.reach)
+                    workers.start(panel.add, tile)
+                workers.wait()
+                workers.start(panel.result, ids[part], distances[part])
+                workers.wait()
         return Neighbors(ids, distances)
 
 
@@ -354,14 +359,15 @@ class _Sizes(NamedTuple):
     """How the work is cut; changes speed and memory, never the result."""
 
     panel: int  # queries that stay in memory while the database passes
-    rows: int  # queries whose scores are computed at once
+    rows: int  # queries whose scores a worker computes at once
     columns: int  # database rows in a tile
     kept: int  # candidates a query keeps when its list is cut
     listed: int  # candidates its list holds before it is cut
-    pairs: int  # distances computed at once
+    pairs: int  # distances a worker computes at once
+    workers: int  # threads, which share the queries of a panel
 
 
-def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int) -> _Sizes:
+def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int, workers: int) -> _Sizes:
     def share(part: float, row_bytes: int, least: int, most: int) -> int:
         return min(max(int(memory_bytes * part) // row_bytes, least), most)
 
@@ -371,11 +377,15 @@ def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int) -> _Sizes:
     columns = share(1 / 4, 10 * dim, 64, max(2048, 64 * k)) // _GROUP * _GROUP
     return _Sizes(
         panel=share(1 / 2, 10 * dim + 12 * listed + 64, 16, max(num_queries, 16)),
-        rows=share(1 / 16, 5 * columns, 16, max(2**22 // columns, 256)),  # scores stay in cache
+        rows=min(
+            share(1 / 8, 5 * columns * workers, 16, max(2**21 // columns, 256)),  # fits the cache
+            max(-(-num_queries // workers), 1),
+        ),
         columns=columns,
         kept=kept,
         listed=listed,
-        pairs=share(1 / 16, 24 * dim, 64, 512),
+        pairs=share(1 / 16, 24 * dim * workers, 64, 512),
+        workers=workers,
     )
 
 
@@ -407,31 +417,33 @@ class _Panel:
         self.scores = torch.full((len(ids), sizes.listed), -torch.inf)
         self.ids = torch.full((len(ids), sizes.listed), -1, dtype=torch.int64)
         self.filled = torch.zeros(len(ids), dtype=torch.int64)  # places in use, from the left
+        self.blocks = [
+            slice(start, min(start + sizes.rows, len(ids)))
+            for start in range(0, len(ids), sizes.rows)
+        ]
+        self.buffers = [torch.empty(sizes.rows * sizes.columns) for _ in range(sizes.workers)]
 
-    def add(self, tile: _Tile, buffer: torch.Tensor) -> None:
-        """Scores every query against a tile and keeps what may be among the k nearest."""
-        self.reach = max(self.reach, tile.reach)
+    def add(self, worker: int, tile: _Tile) -> None:
+        """Scores this worker's queries against a tile and keeps what may be among the k nearest."""
         width = len(tile.bias)
-        for start in range(0, len(self.kth), self.sizes.rows):
-            rows = slice(start, min(start + self.sizes.rows, len(self.kth)))
+        for rows in self.blocks[worker :: self.sizes.workers]:
             # One query a column: the maxima of groups of rows then read memory in order.
-            scores = buffer[: (rows.stop - start) * width].view(width, -1)
+            scores = self.buffers[worker][: (rows.stop - rows.start) * width].view(width, -1)
             torch.addmm(tile.bias[:, None], tile.vectors, self.queries[rows].T, out=scores)
             self._hide_own(scores, rows, tile.ids)
             self._open(scores.view(width // _GROUP, _GROUP, -1), rows, tile.ids)
 
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest rows of each query and their distances, as in `Neighbors`."""
-        all_ids, all_keys = [], []
-        for rows in torch.arange(len(self.kth)).split(self.sizes.rows):
+    def result(self, worker: int, out_ids: np.ndarray, out_distances: np.ndarray) -> None:
+        """Writes the k nearest rows of this worker's queries and their distances."""
+        for block in self.blocks[worker :: self.sizes.workers]:
+            rows = torch.arange(block.start, block.stop)
             self._cut(rows)
-            ids, scores = self.ids[rows, : self.sizes.kept], self.scores[rows, : self.sizes.kept]
-            order, keys = self._rank(rows, ids, scores >= self._floor(rows)[:, None])
-            found = (keys < torch.inf) & self.is_real[rows, None]
-            all_ids.append(ids.gather(1, order).where(found, -1)[:, : self.k])
-            all_keys.append(keys.where(found, torch.inf)[:, : self.k])
-        keys = torch.cat(all_keys)
-        return torch.cat(all_ids).numpy(), (keys if self.metric == "l2" else -keys).numpy()
+            ids, scores = self.ids[block, : self.sizes.kept], self.scores[block, : self.sizes.kept]
+            order, keys = self._rank(rows, ids, scores >= self._floor(block)[:, None])
+            found = (keys < torch.inf) & self.is_real[block, None]
+            keys = keys.where(found, torch.inf)[:, : self.k]
+            out_ids[block] = ids.gather(1, order).where(found, -1)[:, : self.k]
+            out_distances[block] = keys if self.metric == "l2" else -keys
 
     def _margin(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """2E for these queries: rows whose scores differ by more are ordered by them.
@@ -619,6 +631,42 @@ def _check_ranges(name: str, ranges: np.ndarray, total: int) -> None:
         raise RetroDataError(
             f"{name}[{at}] is [{low[at]}, {high[at]}); expected 0 <= lo <= hi <= {total}"
         )
+
+
+class _Workers:
+    """Threads that each run their own products, in place of threads that share each operation.
+
+    Most operations between the products are short or serial: shared, they cost a barrier each and
+    leave all threads but one idle. Takes the caller's number of torch threads and gives it back.
+    """
+
+    def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
+        self.count = min(self.threads, _MOST_WORKERS)
+        self.running: list[Future[None]] = []
+
+    def __enter__(self) -> _Workers:
+        torch.set_num_threads(self.threads // self.count)  # threads of the pool begin with it
+        self.pool = ThreadPoolExecutor(self.count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+        torch.set_num_threads(self.threads)
+
+    def start(self, work: Callable[..., None], *arguments: object) -> None:
+        """Every worker calls `work` with its number and the arguments."""
+
+        def run(worker: int) -> None:
+            with torch.inference_mode():  # a setting of each thread
+                work(worker, *arguments)
+
+        self.running = [self.pool.submit(run, worker) for worker in range(self.count)]
+
+    def wait(self) -> None:
+        """Until all are done; raises what one of them raised."""
+        for future in self.running:
+            future.result()
 
 
 @contextmanager

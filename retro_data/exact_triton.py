@@ -38,7 +38,9 @@ SPARE = 16  # candidates beyond k, for what rounding of float32 scores may reord
 PANEL_ROWS = 16_384  # queries whose group maxima are in memory at once
 TILE_ROWS = 2**20  # database rows searched at once
 LOAD_ROWS = 2**18  # rows read from disk and sent to the device at once
-RESIDENT_SHARE = 0.6  # of free device memory that a database may fill; a larger one is streamed
+RESIDENT_SHARE = 0.5  # of free device memory that a database may fill; a larger one is streamed
+MAXIMA_SHARE = 0.15  # of free device memory for the group maxima of one panel
+PAIR_BYTES = 2**30  # float64 terms of exact distances at once, where memory allows
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -227,8 +229,13 @@ class GpuSearch:
         self.tile_rows = tile_rows
         self.ids = self._real_rows(admitted)  # (M,) int64, of the rows that may be found
         size = len(self.ids) * self.dim * 2
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 2**32
+        query_bytes = 4 * max(1, min(tile_rows, len(self.ids)) // GROUP)
+        panel = int(free * MAXIMA_SHARE) // query_bytes // BLOCK_M * BLOCK_M
+        self.panel_rows = min(max(panel, BLOCK_M), PANEL_ROWS)
+        self.pair_bytes = min(PAIR_BYTES, free // 16)
         if resident_bytes is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else size
             resident_bytes = int(free * RESIDENT_SHARE)
         self.is_resident = size <= resident_bytes
         self._tiles = list(self._load()) if self.is_resident else None
@@ -283,12 +290,13 @@ class GpuSearch:
         keys = torch.full((count, k), torch.inf, device=self.device)
         own = torch.from_numpy(np.searchsorted(self.ids, excluded)).to(self.device)
         panels = [
-            _Panel(queries[start : start + PANEL_ROWS], self.dim, self.device)
-            for start in range(0, count, PANEL_ROWS)
+            _Panel(queries[start : start + self.panel_rows], self.dim, self.device)
+            for start in range(0, count, self.panel_rows)
         ]
         for tile in self.tiles():
             for number, panel in enumerate(panels):
-                part = slice(number * PANEL_ROWS, number * PANEL_ROWS + panel.count)
+                first = number * self.panel_rows
+                part = slice(first, first + panel.count)
                 found = self._search_tile(panel, tile, own[part], keys[part, -1], k)
                 keys[part], ids[part] = _merge((keys[part], ids[part]), found, k)
         if panels:
@@ -436,7 +444,9 @@ class GpuSearch:
         """Squared distances or negated products, in float64, rounded to float32; +inf for -1."""
         keys = torch.full(columns.shape, torch.inf, device=self.device)
         row, place = (columns >= 0).nonzero(as_tuple=True)
-        for pairs in torch.arange(len(row), device=self.device).split(2**30 // (8 * self.dim)):
+        for pairs in torch.arange(len(row), device=self.device).split(
+            self.pair_bytes // (8 * self.dim)
+        ):
             x = tile.rows[columns[row[pairs], place[pairs]]].double()
             q = queries[row[pairs]].double()
             terms = x.sub_(q).square_() if self.metric == "l2" else x.mul_(q).neg_()

@@ -9,6 +9,7 @@ what training reads. Only the first two of these ever look at the corpus.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,8 @@ class Settings:
         Raises:
             RetroDataError: a setting that does not exist, or a value that cannot be.
         """
+        if "chunk_size" in (chunks or {}):
+            raise RetroDataError("chunks.chunk_size is not a setting: set chunk_size itself.")
         several = [corpus] if isinstance(corpus, Mapping) else list(corpus)
         settings = cls(
             root=Path(root).expanduser().absolute(),
@@ -124,7 +127,7 @@ class Settings:
             )
 
     def prepared_path(self) -> Path:
-        """Where the keys this configuration was prepared to are kept, whatever the corpus' path."""
+        """Where the keys are kept that this configuration was prepared to."""
         groups = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -135,7 +138,7 @@ class Settings:
         return store.prepared_path(self.root, artifact.artifact_key("settings", 1, identity, {}))
 
 
-NAMING_FIELDS = ("name", "revision", "split")  # not keyed, as digests stand for them; they name
+NAMING_FIELDS = ("name", "revision", "split", "path", "glob")  # not keyed: digests stand for them
 
 
 def _identity(group: Any) -> dict[str, Any]:
@@ -150,6 +153,10 @@ def _group(kind: type[Group], name: str, given: Any) -> Group:
     """A settings dataclass from a mapping; a setting it does not have is refused."""
     if isinstance(given, kind):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise RetroDataError(
+            f"{name}={given!r}: expected a mapping of settings, e.g. {{'name': …}}."
+        )
     given = dict(given or {})
     known = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
     unknown = sorted(set(given) - set(known))
@@ -417,8 +424,10 @@ def status(settings: Settings) -> list[StageStatus]:
 
 def _status_of(step: Step) -> StageStatus:
     manifest = artifact.read_manifest(step.folder)
-    files = [path for path in step.folder.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
+    size = 0
+    for path in list(step.folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # a part, while another process works here
+            size += path.stat().st_size if path.is_file() else 0
     if manifest is not None:
         blocks = manifest["blocks"]
         return StageStatus(step.title, step.key, step.folder, "finished", blocks, blocks, size)

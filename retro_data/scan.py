@@ -92,7 +92,8 @@ def digest_files(reader: Reader, cache: Path, *, read_all: bool = False) -> list
             "the corpus has no files to read. Check corpus.path, corpus.format and corpus.glob."
         )
     known = {} if read_all else _read_digests(cache)
-    stale = [f for f in files if f.version is None and not _is_known(f, known)]
+    # A source that tells no time of change (HTTP) has to be read to know.
+    stale = [f for f in files if f.version is None and not (f.modified_ns and _is_known(f, known))]
     if stale:
         total = sum(f.bytes for f in stale)
         log.info("digesting %d files, %.1f MB", len(stale), total / 1e6)
@@ -399,6 +400,7 @@ def _check_unchanged(reader: Reader, corpus: ScannedCorpus, files: range) -> Non
             found = _digest(reader, file)
         if found != corpus.digests[index]:
             raise _changed(file.name, f"digest {found[:16]}, not {corpus.digests[index][:16]}")
+        corpus.known[file.name] = DigestedFile(file.name, file.bytes, file.modified_ns, found)
 
 
 def _changed(name: str, what: str) -> RetroDataError:

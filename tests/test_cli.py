@@ -48,7 +48,7 @@ def test_prepare_status_verify_inspect(
     assert "missing" not in table
     assert main(["verify", *overrides]) == 0
     assert capsys.readouterr().out.count("whole") == 6
-    assert main(["inspect", *overrides, "--split", "val", "--index", "1"]) == 0
+    assert main(["inspect", "--split", "val", overrides[0], "--index", "1", *overrides[1:]]) == 0
     text = capsys.readouterr().out
     assert "Sequence 1 of" in text
     assert "neighbor 2" in text

@@ -15,7 +15,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from retro_data import RetroDataModule
+from retro_data import RetroDataError, RetroDataModule
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
@@ -71,6 +71,31 @@ def test_an_unknown_setting_is_refused_by_name(override: str, named: str, tmp_pa
     config = compose(*NEEDED, f"data.root={tmp_path}", override)
     with pytest.raises(Exception, match=named):
         hydra.utils.instantiate(config.data)
+
+
+def test_several_corpora_by_the_override_of_the_readme(tmp_path: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    override = "+data.corpus=[{name: a, path: a.jsonl}, {name: b, path: b.jsonl}]"
+    assert f"'~data/corpus' '{override}'" in readme
+    config = compose("~data/corpus", override, f"data.root={tmp_path}")
+    settings = hydra.utils.instantiate(config.data).settings()
+    assert [corpus.name for corpus in settings.corpora] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"chunks": {"chunk_size": 32}}, "set chunk_size itself"),
+        ({"embedder": "bert-base-cased"}, "embedder='bert-base-cased'"),
+        ({"corpus": {"name": "a/b", "path": "x"}}, "a/b"),
+    ],
+)
+def test_settings_that_would_be_lost_are_refused(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    arguments = {"root": tmp_path, "corpus": {"name": "a", "path": "x"}, **change}
+    with pytest.raises(RetroDataError, match=named):
+        RetroDataModule(**arguments)
 
 
 def test_hyperparameters_hold_plain_values_only(tmp_path: Path) -> None:

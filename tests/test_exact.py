@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_data.errors import RetroDataError
-from retro_data.exact import Metric, Neighbors, Vectors, nearest, recall
+from retro_data.exact import Metric, Neighbors, Vectors, nearest, rank, recall
 
 METRICS: tuple[Metric, Metric] = ("l2", "ip")
 TINY = 1  # bytes: the smallest tiles there are, so that a few hundred rows make many of them
@@ -215,6 +215,23 @@ def test_k_beyond_the_database(rows: int) -> None:
 def test_no_queries() -> None:
     found = nearest(gaussian(0, 8), Vectors([gaussian(9, 8)]), 5, metric="ip", excluded=None)
     assert found.ids.shape == found.distances.shape == (0, 5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rank_orders_candidates_as_the_search_does(metric: Metric) -> None:
+    database, queries = gaussian(60, 12), gaussian(9, 12, seed=1)
+    database[40:50] = database[:10]
+    store = Vectors([database])
+    expected = nearest(queries, store, 60, metric=metric, excluded=None)
+    shuffled = np.random.default_rng(2).permuted(expected.ids, axis=1)
+    assert_same(rank(queries, store, shuffled, metric=metric), expected)
+    some = np.where(shuffled % 3 == 0, shuffled, -1)
+    found = rank(queries, store, some, metric=metric)
+    np.testing.assert_array_equal(
+        found.ids[:, :20], expected.ids[expected.ids % 3 == 0].reshape(9, 20)
+    )
+    assert (found.ids[:, 20:] == -1).all()
+    assert np.isinf(found.distances[:, 20:]).all()
 
 
 # --- what must change nothing --------------------------------------------------------------------

@@ -536,15 +536,28 @@ def read_only(prepared: Path) -> Iterator[Path]:
 
 
 def test_what_was_prepared_opens_read_only_and_without_its_corpus(base: Arguments, read_only: Path):
-    settings = Settings.create(read_only, **changed(base, "corpus.path", "/nowhere"))
+    settings = Settings.create(read_only, **base)
     before = stat_of_files(read_only)
-    pipeline.check(settings)
-    opened = pipeline.open_prepared(settings)
+    corpus = Path(base["corpus"]["path"])
+    away = corpus.rename(corpus.with_name("away"))
+    try:
+        pipeline.check(settings)
+        opened = pipeline.open_prepared(settings)
+    finally:
+        away.rename(corpus)
     (small,) = opened.corpora
     assert len(small.chunks) == len(small.neighbors.ids) == len(opened.database)
     assert len(small.split_of_document) == 60
     assert int(np.asarray(small.chunks.tokens).max()) == opened.tokenizer.pad_id
     assert stat_of_files(read_only) == before  # not even where the user may write everywhere
+
+
+def test_another_corpus_of_the_same_name_is_not_taken_for_the_prepared_one(
+    base: Arguments, prepared: Path
+) -> None:
+    other = Settings.create(prepared, **changed(base, "corpus.path", "/nowhere"))
+    with pytest.raises(RetroDataError, match="retro-data prepare"):
+        pipeline.open_prepared(other)
 
 
 def test_a_read_only_root_is_found_finished(base: Arguments, read_only: Path):

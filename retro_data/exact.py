@@ -8,9 +8,9 @@ A *panel* is as many queries as memory allows; the database streams past it once
 admitted rows at a time. Scores ``s = q·x - |x|²/2`` (for the inner product ``s = q·x``) order rows
 as the distance does and cost one product.
 
-Two steps make this run at the rate of the product. A tile's columns are reduced to the maxima of
-groups of columns, and only groups whose maximum reaches the query's threshold are opened: the k
-best columns lie in the k groups with the largest maxima, so nothing is missed (the grouping of
+Two steps keep this near the rate of the product. The scores of a tile are reduced to the maxima of
+groups of its rows, and only groups whose maximum reaches the query's threshold are opened: the k
+best rows lie in the k groups with the largest maxima, so nothing is missed (the grouping of
 approximate top-k on accelerators, Chern et al. 2022, "TPU-KNN", here without its approximation).
 And the threshold rises from tile to tile, so that later tiles open almost nothing.
 
@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,11 +45,12 @@ Metric = Literal["l2", "ip"]
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 
-_GROUP = 16  # columns a maximum stands for: 32 opens more, 8 reduces slower
+_GROUP = 16  # rows of a tile a maximum stands for: of 32 more are opened, of 8 more compared
 _MAX_SQUARED_NORM = 2.0**120  # keeps every score and distance below the largest float32 (2**128)
 _LOWEST = -(2.0**125)  # below every score, and finite so that margins can be subtracted
 _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
+_TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
 
@@ -196,13 +199,10 @@ class Search:
             for start in range(0, queries.shape[0], sizes.panel):
                 part = slice(start, min(start + sizes.panel, queries.shape[0]))
                 panel = _Panel(queries, part, self.database, excluded, k, self.metric, sizes)
-                for tile in _tiles(self.database, self.admitted, self.metric, sizes.columns):
-                    workers.wait()  # while they scored the last tile, this one was read
-                    panel.reach = max(panel.reach, tile.reach)
+                for tile in _tiles(self.database, self.admitted, self.metric, sizes.tile_rows):
                     workers.start(panel.add, tile)
-                workers.wait()
                 workers.start(panel.result, ids[part], distances[part])
-                workers.wait()
+                workers.wait(left=0)
         return Neighbors(ids, distances)
 
 
@@ -276,7 +276,7 @@ def recall(ids: np.ndarray, truth: np.ndarray) -> float:
 
 
 class _Tile(NamedTuple):
-    """n admitted database rows, padded to whole groups with columns that score -inf."""
+    """n admitted database rows, padded to whole groups with rows that score -inf."""
 
     ids: torch.Tensor  # (n,) int64, ascending
     vectors: torch.Tensor  # (width, d) float32
@@ -285,9 +285,9 @@ class _Tile(NamedTuple):
 
 
 def _tiles(
-    database: Vectors, admitted: np.ndarray | None, metric: Metric, columns: int
+    database: Vectors, admitted: np.ndarray | None, metric: Metric, tile_rows: int
 ) -> Iterator[_Tile]:
-    for ids in _admitted_rows(database.shape[0], admitted, columns):
+    for ids in _admitted_rows(database.shape[0], admitted, tile_rows):
         contiguous = ids[-1] - ids[0] == len(ids) - 1
         rows = database.rows(ids[0], ids[-1] + 1) if contiguous else database.take(ids)
         vectors, squared = _widen(rows, ids, "database")
@@ -305,11 +305,11 @@ def _tiles(
             )
 
 
-def _admitted_rows(total: int, admitted: np.ndarray | None, columns: int) -> Iterator[np.ndarray]:
-    """Admitted rows in ascending order, `columns` at a time, so that no tile is thin."""
+def _admitted_rows(total: int, admitted: np.ndarray | None, tile_rows: int) -> Iterator[np.ndarray]:
+    """Admitted rows in ascending order, `tile_rows` at a time, so that no tile is thin."""
     pending = np.empty(0, np.int64)
-    for start in range(0, total, columns):
-        stop = min(start + columns, total)
+    for start in range(0, total, tile_rows):
+        stop = min(start + tile_rows, total)
         if admitted is None:
             inside = np.arange(start, stop)
         elif admitted.ndim == 1:
@@ -322,9 +322,9 @@ def _admitted_rows(total: int, admitted: np.ndarray | None, columns: int) -> Ite
             np.add.at(steps, np.minimum(admitted[first:last, 1], stop) - start, -1)
             inside = start + np.flatnonzero(np.cumsum(steps[:-1]))
         pending = np.concatenate([pending, inside])
-        if len(pending) >= columns:
-            yield pending[:columns]
-            pending = pending[columns:]
+        if len(pending) >= tile_rows:
+            yield pending[:tile_rows]
+            pending = pending[tile_rows:]
     if len(pending):
         yield pending
 
@@ -359,8 +359,8 @@ class _Sizes(NamedTuple):
     """How the work is cut; changes speed and memory, never the result."""
 
     panel: int  # queries that stay in memory while the database passes
-    rows: int  # queries whose scores a worker computes at once
-    columns: int  # database rows in a tile
+    queries: int  # those whose scores a worker computes at once
+    tile_rows: int
     kept: int  # candidates a query keeps when its list is cut
     listed: int  # candidates its list holds before it is cut
     pairs: int  # distances a worker computes at once
@@ -373,15 +373,12 @@ def _sizes(num_queries: int, dim: int, k: int, memory_bytes: int, workers: int) 
 
     kept = k + max(16, k // 2)
     listed = kept + max(32, k)
-    # Float16 rows, their float32 copy and its square exist together for a moment: 10 bytes a value.
-    columns = share(1 / 4, 10 * dim, 64, max(2048, 64 * k)) // _GROUP * _GROUP
+    # A tile that is read takes 10 bytes a value for a moment, those in use or waiting 4.
+    tile_rows = share(1 / 4, 24 * dim, 64, max(2048, 64 * k)) // _GROUP * _GROUP
     return _Sizes(
         panel=share(1 / 2, 10 * dim + 12 * listed + 64, 16, max(num_queries, 16)),
-        rows=min(
-            share(1 / 8, 5 * columns * workers, 16, max(2**21 // columns, 256)),  # fits the cache
-            max(-(-num_queries // workers), 1),
-        ),
-        columns=columns,
+        queries=share(1 / 8, 5 * tile_rows * workers, 16, max(2**22 // tile_rows, 256)),
+        tile_rows=tile_rows,
         kept=kept,
         listed=listed,
         pairs=share(1 / 16, 24 * dim * workers, 64, 512),
@@ -412,21 +409,21 @@ class _Panel:
         self.is_real = _is_nonzero(self.queries, squared)
         self.database, self.excluded = database, excluded[part]
         self.k, self.metric, self.sizes = k, metric, sizes
-        self.reach = 0.0  # the largest norm among the database rows seen
+        self.reach = torch.zeros(len(ids))  # the largest norm among the database rows seen
         self.kth = torch.full((len(ids),), _LOWEST)
         self.scores = torch.full((len(ids), sizes.listed), -torch.inf)
         self.ids = torch.full((len(ids), sizes.listed), -1, dtype=torch.int64)
         self.filled = torch.zeros(len(ids), dtype=torch.int64)  # places in use, from the left
-        self.blocks = [
-            slice(start, min(start + sizes.rows, len(ids)))
-            for start in range(0, len(ids), sizes.rows)
-        ]
-        self.buffers = [torch.empty(sizes.rows * sizes.columns) for _ in range(sizes.workers)]
+        rounds = -(-len(ids) // (sizes.queries * sizes.workers))
+        edges = np.linspace(0, len(ids), rounds * sizes.workers + 1, dtype=int).tolist()
+        self.blocks = [slice(low, high) for low, high in pairwise(edges) if low < high]
+        self.buffers = [torch.empty(sizes.queries * sizes.tile_rows) for _ in range(sizes.workers)]
 
     def add(self, worker: int, tile: _Tile) -> None:
         """Scores this worker's queries against a tile and keeps what may be among the k nearest."""
         width = len(tile.bias)
         for rows in self.blocks[worker :: self.sizes.workers]:
+            self.reach[rows].clamp_(min=tile.reach)
             # One query a column: the maxima of groups of rows then read memory in order.
             scores = self.buffers[worker][: (rows.stop - rows.start) * width].view(width, -1)
             torch.addmm(tile.bias[:, None], tile.vectors, self.queries[rows].T, out=scores)
@@ -450,15 +447,15 @@ class _Panel:
 
         Whatever the order of summation (Higham 2002, section 3.1), a product of d terms and the
         bias errs by (d + 1) u (|q||x| + |x|²/2), the bias itself by d u |x|²/2, and rounding the
-        distance to float32 adds u (|q| + |x|)²/2. The rest of `factor` takes up terms in u², the
-        last term products that underflow.
+        distance to float32 adds u (|q| + |x|)²/2. What is added to these factors takes up
+        terms in u², and the last term products that underflow.
         """
         dim = self.queries.shape[1]
-        norms, factor = self.norms[rows], 1.01 * (dim + 10)
+        norms, reach = self.norms[rows], self.reach[rows]
         if self.metric == "l2":
-            error = factor * self.reach * (norms + self.reach) + norms.square()
+            error = 1.01 * (dim + 10) * reach * (norms + reach) + norms.square()
         else:
-            error = factor * self.reach * norms
+            error = 1.01 * (dim + 10) * reach * norms
         return 2 * (_UNIT * error + dim * 2.0**-124)
 
     def _hide_own(self, scores: torch.Tensor, rows: slice, tile_ids: torch.Tensor) -> None:
@@ -643,30 +640,36 @@ class _Workers:
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
         self.count = min(self.threads, _MOST_WORKERS)
-        self.running: list[Future[None]] = []
+        self.pools = [ThreadPoolExecutor(1) for _ in range(self.count)]
+        self.running: deque[list[Future[None]]] = deque()
 
     def __enter__(self) -> _Workers:
-        torch.set_num_threads(self.threads // self.count)  # threads of the pool begin with it
-        self.pool = ThreadPoolExecutor(self.count)
+        torch.set_num_threads(self.threads // self.count)  # new threads begin with it
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown()
+        for pool in self.pools:
+            pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self.threads)
 
     def start(self, work: Callable[..., None], *arguments: object) -> None:
-        """Every worker calls `work` with its number and the arguments."""
+        """Each worker in turn calls `work` with its number and the arguments, one after another.
+
+        Waits until few calls are ahead, so that what is read for them does not pile up.
+        """
 
         def run(worker: int) -> None:
             with torch.inference_mode():  # a setting of each thread
                 work(worker, *arguments)
 
-        self.running = [self.pool.submit(run, worker) for worker in range(self.count)]
+        self.wait(left=_TILES_AHEAD)
+        self.running.append([pool.submit(run, worker) for worker, pool in enumerate(self.pools)])
 
-    def wait(self) -> None:
-        """Until all are done; raises what one of them raised."""
-        for future in self.running:
-            future.result()
+    def wait(self, left: int) -> None:
+        """Until only so many calls are not done; raises what one of them raised."""
+        while len(self.running) > left:
+            for future in self.running.popleft():
+                future.result()
 
 
 @contextmanager

@@ -265,10 +265,14 @@ def test_verify_builds_nothing_and_names_the_command(
 def test_auto_only_verifies_where_root_is_read_only(
     arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(arguments["corpus"]["path"]).read_bytes())
+    gone = {**arguments, "corpus": {"name": "words", "path": str(moved)}}
+    pipeline.prepare(RetroDataModule(**gone).settings(), InlineEngine())  # same bytes: all is there
+    moved.unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # chmod does not stop root
-    gone = {**arguments, "corpus": {"name": "words", "path": str(tmp_path / "not here")}}
     RetroDataModule(**gone).prepare_data()
-    with pytest.raises(RetroDataError, match="not here"):
+    with pytest.raises(RetroDataError, match="moved"):
         RetroDataModule(**gone, prepare="build").prepare_data()
 
 

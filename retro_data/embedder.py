@@ -7,12 +7,15 @@ time, here over the chunk's real tokens without the encoder's specials.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +30,9 @@ from retro_data.tokenizer import (
     model_folder,
 )
 
+if TYPE_CHECKING:
+    from retro_data.bert_triton import FusedBert
+
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
@@ -34,6 +40,8 @@ Array = np.ndarray[Any, Any]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG_FILES = ("config.json",)
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 262_144
+ENCODE_TEXTS = 8192  # tokenized at once: their ids are Python's integers for a while
+FUSED_CAPABILITY = (8, 0)  # of a GPU: bfloat16 products
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class EmbedderSettings:
         precision: "fp32", "bf16" or "fp16" of the encoder's products. A CPU computes fp16 in fp32.
         max_embed_tokens: encoder tokens of a chunk at most, specials apart; None: what the encoder
             can take. What is cut is counted in the manifest.
-        batch_tokens: tokens of one forward pass; 0 chooses by the device.
+        batch_tokens: tokens of one forward pass; 0 chooses by the device. Less takes less memory.
         block_rows: chunks of one block of work; 0 chooses by the number of chunks.
     """
 
@@ -96,14 +104,17 @@ def embedder_identity(settings: EmbedderSettings, folder: Path) -> dict[str, Any
 
 
 class Ragged(NamedTuple):
-    """Token ids of n texts, one after the other: ids (T,) int64, sizes (n,) int64."""
+    """Token ids of n texts, one after the other: ids (T,) int32, sizes (n,) int64."""
 
     ids: Array
     sizes: Array
 
 
 class Embedder:
-    """An encoder on one device.
+    """An encoder on one device; threads may share it.
+
+    On a GPU, encoders of the BERT family run in half precision by a forward pass of our own
+    (`bert_triton`), all others and fp32 by that of transformers.
 
     Args:
         settings: of the encoder.
@@ -113,6 +124,7 @@ class Embedder:
     Attributes:
         dim: d, the width of a vector.
         limit: encoder tokens of a text at most, specials apart.
+        forward: what computes: "transformers", or "triton" and whose products it uses.
     """
 
     def __init__(self, settings: EmbedderSettings, folder: Path, device: str = "cpu") -> None:
@@ -127,26 +139,63 @@ class Embedder:
         self.prefix, self.suffix = _specials(self.backend)
         self.backend.encode_special_tokens = True
         self.pad_id = tokenizer.pad_token_id or 0
-        self.model = _load_encoder(folder, self.dtype).to(self.device).eval()
-        config = self.model.config
+        halved = self.device.type == "cuda" and self.dtype != torch.float32
+        model = _load_encoder(folder, torch.float32 if halved else self.dtype)
+        config = model.config
         self.dim: int = config.hidden_size
         specials = len(self.prefix) + len(self.suffix)
         positions = config.max_position_embeddings
-        if getattr(self.model.embeddings, "padding_idx", None) is not None:
+        if getattr(model.embeddings, "padding_idx", None) is not None:
             positions -= self.pad_id + 1  # RoBERTa and its kin count from behind the pad id
         self.limit = min(positions - specials, settings.max_embed_tokens or positions)
         if self.limit < 1:
             raise RetroDataError(
                 f"embedder.max_embed_tokens={settings.max_embed_tokens}: expected at least 1."
             )
+        self.words: int = model.get_input_embeddings().weight.shape[0]
+        self._turn = threading.Lock()  # of those who put work on the device
+        self._fused = self._open_fused(model) if halved else None
+        self.forward = (
+            f"triton, products by {self._fused.products}" if self._fused else "transformers"
+        )
+        self.model = None if self._fused else model.to(self.device, self.dtype).eval()
+
+    def _open_fused(self, model: Any) -> FusedBert | None:
+        """Our own forward pass, where encoder and device allow it."""
+        if torch.cuda.get_device_capability(self.device) < FUSED_CAPABILITY:
+            log.info("forward pass by transformers: %s is too old", self.device)
+            return None
+        try:
+            from retro_data import bert_triton
+        except ImportError as error:
+            log.info("forward pass by transformers: %s", error)
+            return None
+        if obstacle := bert_triton.obstacle(model):
+            log.info("forward pass by transformers: %s", obstacle)
+            return None
+        with torch.cuda.device(self.device):
+            return bert_triton.FusedBert(
+                model,
+                self.dtype,
+                self.device,
+                prefix=self.prefix,
+                suffix=self.suffix,
+                pooling=self.settings.pooling,
+                normalize=self.settings.normalize,
+                longest=self.limit + len(self.prefix) + len(self.suffix),
+                rows=self.settings.batch_tokens or bert_triton.FULL_ROWS,
+            )
 
     # ---- texts and chunks to encoder tokens ----
 
     def encode_texts(self, texts: list[str]) -> Ragged:
-        rows = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
-        ids = np.fromiter((i for row in rows for i in row), np.int64, int(sizes.sum()))
-        return Ragged(ids, sizes)
+        ids, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        for start in range(0, len(texts), ENCODE_TEXTS):
+            part = texts[start : start + ENCODE_TEXTS]
+            rows = [e.ids for e in self.backend.encode_batch_fast(part, add_special_tokens=False)]
+            sizes.append(np.fromiter(map(len, rows), np.int64, len(rows)))
+            ids.append(np.fromiter(chain.from_iterable(rows), np.int32, int(sizes[-1].sum())))
+        return Ragged(np.concatenate(ids), np.concatenate(sizes))
 
     def encode_chunks(self, tokens: Array, lengths: Array, lm: LmTokenizer) -> Ragged:
         """Encoder tokens of chunks of LM tokens.
@@ -160,7 +209,7 @@ class Embedder:
         real = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
         if lm.bos_id is not None:
             real &= tokens != lm.bos_id
-        return Ragged(tokens[real].astype(np.int64), real.sum(1, dtype=np.int64))
+        return Ragged(tokens[real].astype(np.int32), real.sum(1, dtype=np.int64))
 
     def shares_vocabulary(self, lm: LmTokenizer) -> bool:
         """Whether LM ids are the encoder's ids, so that chunks need no second tokenizing."""
@@ -180,22 +229,68 @@ class Embedder:
             (n, dim) float16, a row of zeros where a text has no tokens, and the number of tokens
             that the encoder's limit cut off.
         """
+        if (
+            len(ragged.ids) and ragged.ids.max() >= self.words
+        ):  # a kernel would read beyond its table
+            raise RetroDataError(
+                f"the embedder's tokenizer gave token {ragged.ids.max()}, its model knows "
+                f"{self.words}: they are not of one encoder. Set embedder.name to the folder of one."
+            )
         kept = np.minimum(ragged.sizes, self.limit)
         cut = int((ragged.sizes - kept).sum())
-        vectors = torch.zeros(len(kept), self.dim, dtype=torch.float16, device=self.device)
-        starts = np.cumsum(ragged.sizes) - ragged.sizes
-        with torch.inference_mode():
-            for rows, width in self._batches(kept):
-                ids, mask = self._pad(ragged.ids, starts[rows], kept[rows], width)
-                vectors[torch.from_numpy(rows).to(self.device)] = self._forward(ids, mask)
-        result = vectors.cpu().numpy()
-        if not np.isfinite(result).all():
+        run = self._run_padded if self._fused is None else self._run_packed
+        on_gpu = self.device.type == "cuda"
+        with (
+            torch.inference_mode(),
+            torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext(),
+        ):
+            with self._turn:
+                vectors = run(ragged, kept)
+                done = torch.cuda.current_stream().record_event() if on_gpu else None
+            result = (_fetch(vectors, done) if done else vectors).numpy()
+        # The largest exponent means infinity or no number; seven times as fast as np.isfinite.
+        if result.size and (result.view(np.int16) & 0x7FFF).max() >= 0x7C00:
             row = int(np.flatnonzero(~np.isfinite(result).all(1))[0])
             raise RetroDataError(
                 f"the embedder gave a vector that is not finite (row {row} of its block). "
                 "Set embedder.precision=fp32, or embedder.normalize=true."
             )
         return result, cut
+
+    # ---- our own forward pass: packed sequences ----
+
+    def _run_packed(self, ragged: Ragged, kept: Array) -> torch.Tensor:
+        """(n, dim) float16 on the device; nothing waits for it."""
+        from retro_data.bert_triton import pack
+
+        assert self._fused is not None
+        extra = len(self.prefix) + len(self.suffix)
+        order, rows, batches = pack(kept, extra, self._fused.row_sizes)
+        starts = np.cumsum(ragged.sizes) - ragged.sizes
+        table = np.stack([starts[order], kept[order], rows, order], 1).astype(np.int32)
+        vectors = torch.zeros(len(kept), self.dim, dtype=torch.float16, device=self.device)
+        if not batches:
+            return vectors
+        ids, places = (self._to_device(torch.from_numpy(a)) for a in (ragged.ids, table))
+        for batch in batches:
+            self._fused.forward(ids, places, batch, vectors)
+        return vectors
+
+    # ---- the forward pass of transformers: padded rows ----
+
+    def _run_padded(self, ragged: Ragged, kept: Array) -> torch.Tensor:
+        """(n, dim) float16 on the device."""
+        vectors = torch.zeros(len(kept), self.dim, dtype=torch.float16, device=self.device)
+        starts = np.cumsum(ragged.sizes) - ragged.sizes
+        for rows, width in self._batches(kept):
+            ids, mask = self._pad(ragged.ids, starts[rows], kept[rows], width)
+            vectors[self._to_device(torch.from_numpy(rows))] = self._forward(ids, mask)
+        return vectors
+
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     @cached_property
     def _widths(self) -> Array:
@@ -235,8 +330,8 @@ class Embedder:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(rows, dim) float16 vectors of padded texts; `mask` is True on their own tokens."""
-        ids = ids.to(self.device, non_blocking=True)
-        mask = mask.to(self.device, non_blocking=True)
+        assert self.model is not None
+        ids, mask = self._to_device(ids), self._to_device(mask)
         specials = len(self.prefix) + len(self.suffix)
         width = torch.arange(ids.shape[1], device=self.device)
         seen = width < mask.sum(1, keepdim=True) + specials
@@ -249,6 +344,20 @@ class Embedder:
         if self.settings.normalize:
             pooled = torch.nn.functional.normalize(pooled, dim=-1)
         return pooled.half()
+
+
+def _fetch(vectors: torch.Tensor, done: torch.cuda.Event) -> torch.Tensor:
+    """Device vectors in pinned memory, copied beside whatever the device computes next."""
+    if not len(vectors):
+        return vectors.cpu()
+    host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_event(done)
+        host.copy_(vectors, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # a thread that waits for it takes no core
+        copied.record()
+    copied.synchronize()
+    return host
 
 
 def _load_encoder(folder: Path, dtype: torch.dtype) -> Any:

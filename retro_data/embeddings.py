@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retro_data import store
 from retro_data.embedder import (
     Embedder,
@@ -28,7 +30,8 @@ from retro_data.stage import (
 from retro_data.store import ChunkStore
 from retro_data.tokenizer import LmTokenizer
 
-BATCH_CHUNKS = 16_384  # handed to the embedder at once: bounds memory, whatever a block holds
+BATCH_CHUNKS = 65_536  # handed to the embedder at once: bounds memory, whatever a block holds
+ROUND_CHUNKS = 4096  # to which larger blocks are rounded: full batches of a GPU
 
 
 @dataclass
@@ -50,7 +53,8 @@ class EmbeddingStage:
 
     name = "embeddings"
     version = 1
-    resources = Resources(gpu=True, threads=0)
+    # While the files of one block are written, the GPU makes the next.
+    resources = Resources(gpu=True, threads=0, blocks_at_once=2)
     unit = "chunks"
 
     def __init__(
@@ -75,7 +79,7 @@ class EmbeddingStage:
 
     def blocks(self) -> list[Block]:
         rows = len(ChunkStore(self.chunks[0]))
-        return tile(rows, self.settings.block_rows or min(max(rows // 64, 256), 65_536))
+        return tile(rows, self.settings.block_rows or _block_rows(rows))
 
     def open(self, device: str) -> AbstractContextManager[EmbeddingContext]:
         context = EmbeddingContext(
@@ -86,20 +90,20 @@ class EmbeddingStage:
         return contextlib.nullcontext(context)
 
     def make(self, context: EmbeddingContext, block: Block, out: BlockWriter) -> None:
-        import numpy as np
-
         embedder, chunks = context.embedder, context.chunks
-        vectors = np.empty((block.stop - block.start, embedder.dim), np.float16)
+        parts = []
         for start in range(block.start, block.stop, BATCH_CHUNKS):
             rows = slice(start, min(start + BATCH_CHUNKS, block.stop))
             tokens, lengths = chunks.tokens[rows], chunks.lengths[rows]
             ragged = embedder.encode_chunks(tokens, lengths, context.tokenizer)
             made, cut = embedder.embed(ragged)
-            vectors[rows.start - block.start : rows.stop - block.start] = made
+            parts.append(made)
             out.count("encoder_tokens", int(ragged.sizes.sum()))
             out.count("encoder_tokens_cut", cut)
             out.count("chunks_without_encoder_tokens", int((ragged.sizes == 0).sum()))
+        vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         out.array(store.block_name(block.index), vectors)
+        out.note("forward", embedder.forward)
         out.rows = len(vectors)
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
@@ -108,5 +112,12 @@ class EmbeddingStage:
             "arrays": arrays,
             "rows": sum(r.rows for r in receipts),
             "dim": next(iter(arrays.values()))["shape"][1],
+            "forward": sorted({r.notes["forward"] for r in receipts}),
             "figures": total_counts(receipts),
         }
+
+
+def _block_rows(rows: int) -> int:
+    """Blocks enough to be shared among devices and to lose little by a kill."""
+    wanted = min(max(rows // 64, 256), BATCH_CHUNKS)
+    return -(-wanted // ROUND_CHUNKS) * ROUND_CHUNKS if wanted > ROUND_CHUNKS else wanted

@@ -50,6 +50,7 @@ _MAX_SQUARED_NORM = 2.0**120  # keeps every score and distance below the largest
 _LOWEST = -(2.0**125)  # below every score, and finite so that margins can be subtracted
 _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
+_SUM_WIDTH = 256  # columns whose terms are summed side by side
 _TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
@@ -191,6 +192,22 @@ class Search:
             return found
         return self._on_cpu(queries, k, excluded)
 
+    def of_itself(
+        self,
+        k: int,
+        excluded: np.ndarray | None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> SelfSearch:
+        """A search whose queries are rows [start, stop) of the database; None: to its end.
+
+        excluded: (N, 2) int64, for every row of the database the rows [lo, hi) of its document;
+            the rows of a document all have the same.
+
+        Raises RetroDataError for ranges that are not those of documents.
+        """
+        return SelfSearch(self, k, excluded, start, stop)
+
     def _on_cpu(self, queries: Vectors, k: int, excluded: np.ndarray) -> Neighbors:
         ids = np.empty((queries.shape[0], k), np.int64)
         distances = np.empty((queries.shape[0], k), np.float32)
@@ -204,6 +221,47 @@ class Search:
                 workers.start(panel.result, ids[part], distances[part])
                 workers.wait(left=0)
         return Neighbors(ids, distances)
+
+
+class SelfSearch:
+    """Neighbors of the database's own rows; made by `Search.of_itself`.
+
+    On a GPU that holds the database, the rows asked for in ascending order cost half the products:
+    what a row is to a later one is found with what that one is to it.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        k: int,
+        excluded: np.ndarray | None,
+        start: int,
+        stop: int | None,
+    ) -> None:
+        total, dim = search.database.shape
+        self.search, self.k = search, k
+        stop = total if stop is None else stop
+        if not 0 <= start <= stop <= total:
+            raise RetroDataError(f"rows [{start}, {stop}) of a database of {total} rows")
+        no_queries = Vectors([np.empty((0, dim), search.database.dtype)])
+        _check(no_queries, search.database, k, search.metric, None, search.admitted)
+        if excluded is None:
+            excluded = np.zeros((total, 2), np.int64)
+        _check_documents(excluded, total)
+        self.excluded = excluded
+        self.pairs: Any = None
+        if search.gpu is not None and search.gpu.is_resident and start < stop:
+            from retro_data.exact_triton import AllPairs
+
+            self.pairs = AllPairs(search.gpu, k, excluded, start, stop)
+
+    def rows(self, start: int, stop: int) -> Neighbors:
+        """Neighbors of database rows [start, stop)."""
+        if self.pairs is not None and start < stop:
+            found: Neighbors = self.pairs.neighbors(start, stop)
+            return found
+        queries = self.search.database.rows(start, stop)
+        return self.search(queries, self.k, self.excluded[start:stop])
 
 
 def _has_kernels(device: str, database: Vectors) -> bool:
@@ -568,14 +626,19 @@ def _order_by_distance(
 def fixed_sum(terms: torch.Tensor) -> torch.Tensor:
     """(n,) sums of (n, d) terms, which it overwrites; equal rows have equal sums, bit for bit.
 
-    Folding halves by additions of elements fixes the order, which a library's sum may change with
-    shapes and threads.
+    The order is fixed by additions of elements, where a library's sum may change with shapes and
+    threads: to each of the first 256 columns is added, in turn, every 256th column after it, then
+    neighbors are added, two by two, until one is left. A GPU has it by the same additions.
     """
-    while terms.shape[1] > 1:
-        half = (terms.shape[1] + 1) // 2
-        terms[:, : terms.shape[1] - half] += terms[:, half:]
-        terms = terms[:, :half]
-    return terms[:, 0]
+    total = terms[:, :_SUM_WIDTH]
+    for start in range(_SUM_WIDTH, terms.shape[1], _SUM_WIDTH):
+        part = terms[:, start : start + _SUM_WIDTH]
+        total[:, : part.shape[1]] += part
+    while total.shape[1] > 1:
+        even, odd = total[:, ::2], total[:, 1::2]
+        even[:, : odd.shape[1]] += odd
+        total = even
+    return total[:, 0]
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -627,6 +690,26 @@ def _check_ranges(name: str, ranges: np.ndarray, total: int) -> None:
         at = int(bad.argmax())
         raise RetroDataError(
             f"{name}[{at}] is [{low[at]}, {high[at]}); expected 0 <= lo <= hi <= {total}"
+        )
+
+
+def _check_documents(excluded: np.ndarray, total: int) -> None:
+    """Refuses ranges that do not part the rows into documents (and rows without any)."""
+    _check_ranges("excluded", excluded, total)
+    if len(excluded) != total:
+        raise RetroDataError(f"excluded has {len(excluded)} ranges for {total} database rows")
+    low, high = excluded.T
+    row = np.arange(total)
+    begins, ends = low == row, high == row + 1
+    same = (low[1:] == low[:-1]) & (high[1:] == high[:-1])
+    begins[1:] |= same
+    ends[:-1] |= same
+    bad = (low < high) & ~(begins & ends)
+    if bad.any():
+        at = int(bad.argmax())
+        raise RetroDataError(
+            f"excluded[{at}] is [{low[at]}, {high[at]}), not the range of a document: expected it "
+            f"to hold row {at} and to be the range of every row in it"
         )
 
 

@@ -1,204 +1,226 @@
 """Exact nearest-neighbor search on a GPU, by the semantics of `exact.nearest`.
 
-    queries (panel) ─┐
-                     ├─► products ─► maxima of groups of 8 columns ─► the best groups of each query
-    tile of rows ────┘     (never written)                        ─► their columns scored again
-                                                                  ─► exact distances, (distance, id)
+    queries ─┐
+             ├─► products ─► maxima of groups of 8 columns ─► lists of each query's best groups
+    tile ────┘    (never written)                         ─► their columns: exact keys ─► (key, id)
 
-The k columns with the largest scores lie in the k groups with the largest maxima, whatever the
-groups are, so keeping whole groups loses nothing: the method is exact, not approximate. A score is
-q·x - |x|²/2 (q·x for the inner product), in float16 products with float32 accumulation. The maxima
-are taken of the accumulator in registers; only they are written, an eighth of the score matrix, and
-above them one maximum a query and block of columns: a query opens a block only where that beats
-its k-th best group. The query's own document, a contiguous range of columns, is set to -inf in the
-blocks that touch it.
+The k columns with the best scores lie in the k groups with the best maxima, whatever the groups are,
+so keeping whole groups loses nothing: the method is exact, not approximate. Products are of float16
+with float32 sums. The maxima are taken of the accumulator in registers; only they are written, an
+eighth of the scores, and above them one maximum a query and block of columns: a query opens a block
+only where that beats the least group of its list. The query's own document, a contiguous range of
+columns, is set to -inf in the blocks that touch it.
 
-Candidates (k and some spare for rounding) are ranked by distances summed in float64 in the fixed
-order of the CPU path, so both paths give the same bits but for ties that rounding hides from one.
+Where the queries are the database (`AllPairs`), a panel of rows meets only the columns from its own
+first row on: what it is to them is found in the same accumulator, as maxima of groups of 8 rows.
+Rows later than the panel keep a list that earlier panels fill. That is half the products.
+
+Why it is exact. A list holds some groups more than k. By a bound on the rounding of a score
+(`_error`, after Higham 2002, section 3.1), every group that may hold one of the k nearest is either
+opened, or the query is *crowded*: its near-ties go on beyond its list. Crowded queries look at all
+groups within the bound. Candidates are ranked by ``(key, id)``; a key is summed in float64, in the
+order of `exact.fixed_sum`, then rounded to float32. So no bit differs from the CPU path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from retro_data import exact_kernels_triton as kernels
 from retro_data.errors import RetroDataError
-from retro_data.exact import Metric, Neighbors, Vectors, fixed_sum
+from retro_data.exact import Metric, Neighbors, Vectors
 
-GROUP = 8  # columns a maximum stands for: two fragments of four pairs in the accumulator's layout
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # queries, columns and dimensions of one product
-SPARE = 16  # candidates beyond k, for what rounding of float32 scores may reorder
+GROUP = kernels.GROUP
+ALIGN = 256  # rows and columns of whole blocks of either shape below
+SPARE = 8  # groups of a list beyond k, for what rounding may reorder
 PANEL_ROWS = 16_384  # queries whose group maxima are in memory at once
-TILE_ROWS = 2**20  # database rows searched at once
-LOAD_ROWS = 2**18  # rows read from disk and sent to the device at once
+TILE_ROWS = 2**21  # database rows searched at once
+LOAD_ROWS = 2**16  # rows read from disk and sent to the device at once
 RESIDENT_SHARE = 0.5  # of free device memory that a database may fill; a larger one is streamed
-MAXIMA_SHARE = 0.15  # of free device memory for the group maxima of one panel
-PAIR_BYTES = 2**30  # float64 terms of exact distances at once, where memory allows
+MAXIMA_SHARE = 0.4  # of free device memory for the group maxima of one panel
+COLUMNS_AT_ONCE = 32  # columns whose lists a warp looks after
+CANDIDATES_AT_ONCE = 16  # columns of which a block of threads computes the distances
+NOWHERE = 2**31 - 1
 
 
-# ---- kernels -------------------------------------------------------------------------------------
+class Shape(NamedTuple):
+    """Block of one product: rows, columns, dimensions at once, and how many of these are ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int = 8
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.rows + self.columns) * self.depth * 2
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def _group_maxima_kernel(
-    queries,
-    rows,
-    bias,
-    low,
-    high,
-    block_low,
-    block_high,
-    fine,
-    coarse,
-    num_queries,
-    num_tiles,
-    fine_stride,
-    coarse_stride,
-    DIM: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    SWIZZLE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
-    """Maxima of groups of columns (fine) and of BN columns (coarse) of each query's scores."""
-    blocks_m = tl.cdiv(num_queries, BM)
-    width = SWIZZLE * num_tiles
-    m_range = tl.arange(0, BM)
-    n_range = tl.arange(0, BN)
-    for tile in tl.range(tl.program_id(0), blocks_m * num_tiles, PROGRAMS, flatten=FLATTEN):
-        # Neighbouring programs share queries and rows, so that both stay in the cache.
-        first = (tile // width) * SWIZZLE
-        height = tl.minimum(blocks_m - first, SWIZZLE)
-        m = (first + (tile % width) % height) * BM
-        block_n = (tile % width) // height
-        n = block_n * BN
-        scores = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, DIM, BK):
-            scores = tl.dot(queries.load([m, k]), rows.load([n, k]).T, scores)
-        # Before the mask below: a branch that writes the product's own registers makes the assembler
-        # run its instructions one after the other.
-        scores -= tl.load(bias + n + n_range)[None, :]
-        if (tl.load(block_low + m // BM) < n + BN) & (tl.load(block_high + m // BM) > n):
-            lo = tl.load(low + m + m_range)[:, None]
-            hi = tl.load(high + m + m_range)[:, None]
-            column = n + n_range[None, :]
-            scores = tl.where((column >= lo) & (column < hi), float("-inf"), scores)
-        # Column 32 c + 8 b + 2 p + e belongs to group 4 c + p: what one thread holds of a row.
-        maxima = tl.max(tl.max(tl.reshape(scores, (BM, BN // 32, 4, 4, 2)), 4), 2)
-        maxima = tl.reshape(maxima, (BM, BN // 8))
-        query = (m + m_range).to(tl.int64)
-        group = block_n * (BN // 8) + tl.arange(0, BN // 8)
-        tl.store(fine + query[:, None] * fine_stride + group[None, :], maxima)
-        tl.store(coarse + query * coarse_stride + block_n, tl.max(maxima, 1))
+ONE_SIDED = Shape(128, 256, 64, 3)
+SYMMETRIC = Shape(256, 128, 64, 4)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def _best_groups_kernel(
-    coarse,
-    fine,
-    floor,
-    groups,
-    num_tiles,
-    coarse_stride,
-    fine_stride,
-    KEEP: tl.constexpr,
-    IN_BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """The KEEP groups of a query with the largest maxima above its floor; one warp a query."""
-    query = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, KEEP)
-    span = tl.arange(0, SPAN)
-    inner = tl.arange(0, IN_BLOCK)
-    least = tl.load(floor + query)
-    best = tl.zeros((KEEP,), tl.float32) + least
-    best_group = tl.zeros((KEEP,), tl.int32) - 1
-    for start in range(0, num_tiles, SPAN):
-        value = tl.load(
-            coarse + query * coarse_stride + start + span,
-            mask=start + span < num_tiles,
-            other=float("-inf"),
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# ---- rows on the device --------------------------------------------------------------------------
+
+
+class _Rows:
+    """Rows on the device, padded with rows of zeros that nobody finds.
+
+    Attributes:
+        count: real rows, of `height`.
+        rows: (height, d) float16.
+        bias: (height,) float32: |x|²/2 for L2, 0 for the inner product; +inf for rows of zeros.
+        norms: (height,) float32.
+    """
+
+    def __init__(self, rows: Tensor, count: int, metric: Metric) -> None:
+        self.rows, self.count, self.height = rows, count, rows.shape[0]
+        squared = torch.cat([part.double().square_().sum(1) for part in rows.split(LOAD_ROWS)])
+        bias = squared / 2 if metric == "l2" else torch.zeros_like(squared)
+        self.bias = bias.masked_fill_(squared == 0, torch.inf).float()
+        self.norms = squared.sqrt_().float()
+
+    def part(self, start: int, stop: int) -> _Rows:
+        """Rows [start, stop) of these, as views."""
+        part = object.__new__(_Rows)
+        part.rows, part.bias, part.norms = (
+            whole[start:stop] for whole in (self.rows, self.bias, self.norms)
         )
-        top, at = tl.max(value, 0, return_indices=True)
-        while top > least:
-            maxima = tl.load(fine + query * fine_stride + (start + at) * IN_BLOCK + inner)
-            group_top, group_at = tl.max(maxima, 0, return_indices=True)
-            while group_top > least:  # it takes the place of the smallest one kept
-                _, worst = tl.min(best, 0, return_indices=True)
-                best = tl.where(place == worst, group_top, best)
-                best_group = tl.where(
-                    place == worst, (start + at) * IN_BLOCK + group_at, best_group
-                )
-                least = tl.min(best, 0)
-                maxima = tl.where(inner == group_at, float("-inf"), maxima)
-                group_top, group_at = tl.max(maxima, 0, return_indices=True)
-            value = tl.where(span == at, float("-inf"), value)
-            top, at = tl.max(value, 0, return_indices=True)
-    tl.store(groups + query * KEEP + place, best_group)
+        part.height, part.count = stop - start, min(stop, self.count) - start
+        return part
+
+    def reach(self, name: Callable[[int], str]) -> float:
+        """The largest norm; waits for the device. Raises RetroDataError for rows not finite."""
+        largest = float(self.norms.max()) if self.height else 0.0
+        if not largest < torch.inf:
+            bad = int(self.norms.isfinite().logical_not().nonzero()[0])
+            raise RetroDataError(
+                f"{name(bad)} is not finite. Embed this chunk again, in fp32 if its values "
+                "overflow the encoder's precision."
+            )
+        return largest
+
+    def descriptor(self, block: int, depth: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(self.rows, [block, depth])
 
 
-@triton.jit
-def _score_groups_kernel(
-    queries,
-    rows,
-    bias,
-    groups,
-    low,
-    high,
-    scores,
-    columns,
-    first_query,
-    num_rows,
-    DIM: tl.constexpr,
-    KEEP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Scores of every column of a query's best groups, anew in float32; -inf for its own."""
-    row = tl.program_id(0).to(tl.int64)
-    query = first_query + row
-    lo = tl.load(low + query)
-    hi = tl.load(high + query)
-    k_range = tl.arange(0, BK)
-    for start in range(0, KEEP * 8, AT_ONCE):
-        slot = start + tl.arange(0, AT_ONCE)
-        member = slot % 8
-        group = tl.load(groups + query * KEEP + slot // 8)
-        column = group // 4 * 32 + group % 4 * 2 + member // 2 * 8 + member % 2
-        real = (group >= 0) & (column < num_rows) & ~((column >= lo) & (column < hi))
-        total = tl.zeros((AT_ONCE, BK), tl.float32)
-        offset = column.to(tl.int64)[:, None] * DIM + k_range[None, :]
-        for k in range(0, DIM, BK):
-            inside = k + k_range < DIM
-            q = tl.load(queries + query * DIM + k + k_range, mask=inside, other=0.0)
-            x = tl.load(rows + offset + k, mask=real[:, None] & inside[None, :], other=0.0)
-            total += x.to(tl.float32) * q.to(tl.float32)[None, :]
-        score = tl.sum(total, 1) - tl.load(bias + column, mask=real, other=0.0)
-        out = row * KEEP * 8 + slot
-        tl.store(scores + out, tl.where(real, score, float("-inf")))
-        tl.store(columns + out, tl.where(real, column, -1))
+class _Own(NamedTuple):
+    """Columns [low, high) of each row's own document, and of each block of rows together."""
+
+    low: Tensor  # (height,) int32; NOWHERE where there is none
+    high: Tensor  # (height,) int32; 0 where there is none
+
+    @classmethod
+    def of(cls, ranges: Tensor, first: int, width: int, height: int) -> _Own:
+        """Ranges (n, 2) of rows of the whole, as columns of a tile that starts at `first`."""
+        low, high = (torch.full((height,), f, device=ranges.device) for f in (NOWHERE, 0))
+        inside = (ranges - first).clamp_(0, width)
+        real = inside[:, 0] < inside[:, 1]
+        low[: len(ranges)] = torch.where(real, inside[:, 0], NOWHERE)
+        high[: len(ranges)] = torch.where(real, inside[:, 1], 0)
+        return cls(low.int(), high.int())
+
+    def blocks(self, rows: int) -> tuple[Tensor, Tensor]:
+        return self.low.view(-1, rows).amin(1), self.high.view(-1, rows).amax(1)
+
+
+class _Lists:
+    """The best groups of each of `height` rows: `listed` of them, in arrays of `keep`."""
+
+    def __init__(self, height: int, k: int, device: torch.device) -> None:
+        self.listed = k + SPARE
+        self.keep = triton.next_power_of_2(self.listed)
+        self.values = torch.empty(height, self.keep, device=device)
+        self.groups = torch.empty(height, self.keep, dtype=torch.int32, device=device)
+        self.least = torch.empty(height, device=device)
+
+    def part(self, start: int, stop: int) -> _Lists:
+        """Lists of rows [start, stop), as views."""
+        part = object.__new__(_Lists)
+        part.listed, part.keep = self.listed, self.keep
+        part.values, part.groups, part.least = (
+            whole[start:stop] for whole in (self.values, self.groups, self.least)
+        )
+        return part
+
+    def clear(self, floors: Tensor | None = None) -> None:
+        """Empty lists, into which only what beats a row's floor will come."""
+        self.values[:, self.listed :] = torch.inf
+        self.groups.fill_(-1)
+        if floors is None:
+            self.values[:, : self.listed] = -torch.inf
+            self.least.fill_(-torch.inf)
+        else:
+            self.values[:, : self.listed] = floors[:, None]
+            self.least.copy_(floors)
+
+
+class _Best:
+    """The k nearest so far of each row: exact keys and ids, in order."""
+
+    def __init__(self, height: int, k: int, device: torch.device) -> None:
+        self.k = k
+        self.keys = torch.full((height, k), torch.inf, device=device)
+        self.ids = torch.full((height, k), -1, dtype=torch.int32, device=device)
+        self.floors = torch.full((height,), -torch.inf, device=device)
+        self.crowded = torch.zeros(height, dtype=torch.int8, device=device)
+
+    def part(self, start: int, stop: int) -> _Best:
+        """Rows [start, stop) of these, as views."""
+        part = object.__new__(_Best)
+        part.k = self.k
+        part.keys, part.ids, part.floors, part.crowded = (
+            whole[start:stop] for whole in (self.keys, self.ids, self.floors, self.crowded)
+        )
+        return part
+
+
+class _Buffers:
+    """What the kernels write for one panel of rows against at most `width` columns."""
+
+    def __init__(self, panel: int, width: int, device: torch.device, by_columns: bool) -> None:
+        self.panel, self.device = panel, device
+        self.fine = torch.empty(panel, width // GROUP, device=device)
+        self.coarse = torch.empty(panel, _up(width // 128, 16), device=device)
+        shape = (width, panel // GROUP) if by_columns else (1, 1)
+        self.column_fine = torch.empty(shape, device=device)
+        cells = (panel // SYMMETRIC.rows, width) if by_columns else (1, 1)
+        self.flags = torch.zeros(cells, dtype=torch.int8, device=device)
+        self.counts = torch.empty(panel, dtype=torch.int32, device=device)
+        self.lowest = torch.empty(panel, device=device)
+        self.order = self.keys = self.ids = torch.empty(0)
+
+    def room_for_candidates(self, keep: int) -> None:
+        if self.order.shape != (self.panel, keep):
+            whole = {"dtype": torch.int32, "device": self.device}
+            self.order = torch.empty(self.panel, keep, **whole)  # type: ignore[call-overload]
+            self.ids = torch.empty(self.panel, keep * GROUP, **whole)  # type: ignore[call-overload]
+            self.keys = torch.empty(self.panel, keep * GROUP, device=self.device)
 
 
 # ---- the database on the device ------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
-    """Admitted rows [first, first + num_rows) of the database, padded to whole blocks of columns."""
+    """Admitted rows [first, first + columns.count) of the database."""
 
     first: int
-    num_rows: int
-    rows: Tensor  # (width, d) float16
-    bias: Tensor  # (width,) float32, |x|²/2 or 0; +inf for padding
-    largest: float  # squared norm among the rows
+    columns: _Rows
+    reach: float
 
 
 class GpuSearch:
@@ -211,6 +233,10 @@ class GpuSearch:
         device: a CUDA device ("cpu" only under Triton's interpreter).
         resident_bytes: a larger database is streamed from the host, tile by tile, in every search;
             None takes a share of the free device memory.
+        tile_rows, panel_rows: database rows and queries at once, at most.
+
+    Attributes:
+        timings: a list here takes the name of each part of the work and the event of its end.
     """
 
     def __init__(
@@ -221,275 +247,588 @@ class GpuSearch:
         device: str,
         resident_bytes: int | None = None,
         tile_rows: int = TILE_ROWS,
+        panel_rows: int = PANEL_ROWS,
     ) -> None:
         self.database = database
         self.metric = metric
         self.device = torch.device(device)
-        self.dim = -(-database.shape[1] // 8) * 8  # rows begin at multiples of 16 bytes
-        self.tile_rows = tile_rows
-        self.ids = self._real_rows(admitted)  # (M,) int64, of the rows that may be found
-        size = len(self.ids) * self.dim * 2
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 2**32
-        query_bytes = 4 * max(1, min(tile_rows, len(self.ids)) // GROUP)
-        panel = int(free * MAXIMA_SHARE) // query_bytes // BLOCK_M * BLOCK_M
-        self.panel_rows = min(max(panel, BLOCK_M), PANEL_ROWS)
-        self.pair_bytes = min(PAIR_BYTES, free // 16)
+        self.on_gpu = self.device.type == "cuda"
+        self.dim = _up(database.shape[1], 8)  # rows begin at multiples of 16 bytes
+        self.tile_rows = _up(tile_rows, ALIGN)
+        self.panel_rows = _up(panel_rows, ALIGN)
+        self.timings: list[tuple[str, Any]] | None = None
+        # Rows that may be found are numbered anew; ids are turned back at the end.
+        self.ids = None if admitted is None or admitted.all() else np.flatnonzero(admitted)
+        self.num_rows = database.shape[0] if self.ids is None else len(self.ids)
+        self.programs, self.shared_bytes = 4, 2**18
+        if self.on_gpu:
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.synchronize(index)  # Triton asks the driver, which torch starts when it must
+            properties = triton.runtime.driver.active.utils.get_device_properties(index)
+            self.programs = properties["multiprocessor_count"]
+            self.shared_bytes = properties["max_shared_mem"] - 2**13
         if resident_bytes is None:
-            resident_bytes = int(free * RESIDENT_SHARE)
-        self.is_resident = size <= resident_bytes
-        self._tiles = list(self._load()) if self.is_resident else None
-        self.device_ids = torch.from_numpy(self.ids).to(self.device)
+            resident_bytes = int(self._free_bytes() * RESIDENT_SHARE)
+        self.is_resident = self.num_rows * self.dim * 2 <= resident_bytes
+        self.device_ids = None
+        if self.ids is not None:
+            self.device_ids = torch.from_numpy(self.ids).to(self.device)
+        self.resident = self._load_resident() if self.is_resident else None
 
-    def _real_rows(self, admitted: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
-        found = []
-        for start in range(0, self.database.shape[0], LOAD_ROWS):
-            stop = min(start + LOAD_ROWS, self.database.shape[0])
-            real = self.database.rows(start, stop).any(1)
-            if admitted is not None:
-                real &= admitted[start:stop]
-            found.append(start + np.flatnonzero(real))
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+    def _free_bytes(self) -> int:
+        if not self.on_gpu:
+            return 2**32
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0] + unused)
+
+    def free_for_maxima(self) -> int:
+        """Bytes of device memory for the group maxima of one panel."""
+        return int(self._free_bytes() * MAXIMA_SHARE)
+
+    def mark(self, part: str) -> None:
+        """Notes the end of a part of the work, where somebody measures."""
+        if self.timings is not None and self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.timings.append((part, event))
+
+    # ---- from the host ----
+
+    def _host_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows [start, stop) of those that may be found."""
+        if self.ids is None:
+            return self.database.rows(start, stop)
+        return self.database.take(self.ids[start:stop])
+
+    def _send(self, target: Tensor, start: int, stop: int) -> None:
+        """Copies rows [start, stop) of those that may be found to the device."""
+        for low in range(start, stop, LOAD_ROWS):
+            high = min(low + LOAD_ROWS, stop)
+            self._copy(_as_tensor(self._host_rows(low, high)), target[low - start :])
+
+    def _copy(self, rows: Tensor, target: Tensor) -> None:
+        """Copies rows to the first ones of a target, by way of pinned memory, and does not wait."""
+        if self.on_gpu and not rows.is_cuda:
+            pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            rows = pinned.copy_(rows)  # by all threads of torch
+        target[: len(rows), : rows.shape[1]].copy_(rows, non_blocking=True)
+
+    def _load_resident(self) -> _Tile:
+        height = _up(self.num_rows, ALIGN)
+        rows = torch.zeros(height, self.dim, dtype=torch.float16, device=self.device)
+        self._send(rows, 0, self.num_rows)
+        return self._tile(0, self.num_rows, rows)
+
+    def _tile(self, first: int, count: int, rows: Tensor) -> _Tile:
+        def name(bad: int) -> str:
+            return f"database row {first + bad if self.ids is None else self.ids[first + bad]}"
+
+        columns = _Rows(rows, count, self.metric)
+        return _Tile(first, columns, columns.reach(name))
 
     def tiles(self) -> Iterator[_Tile]:
-        return iter(self._tiles) if self._tiles is not None else self._load()
+        """The database in parts; a tile is good until the next one is asked for."""
+        if self.resident is None:
+            yield from self._streamed()
+            return
+        whole = self.resident
+        for first in range(0, whole.columns.height, self.tile_rows):
+            stop = min(first + self.tile_rows, whole.columns.height)
+            yield whole._replace(first=first, columns=whole.columns.part(first, stop))
 
-    def _load(self) -> Iterator[_Tile]:
-        """Tiles of the database; while one is searched, the next is on its way."""
-        for first in range(0, len(self.ids), self.tile_rows):
-            ids = self.ids[first : first + self.tile_rows]
-            width = -(-len(ids) // BLOCK_N) * BLOCK_N
-            rows = torch.zeros(width, self.dim, dtype=torch.float16, device=self.device)
-            for start in range(0, len(ids), LOAD_ROWS):
-                part = self.database.take(ids[start : start + LOAD_ROWS])
-                host = torch.from_numpy(part)
-                if self.device.type == "cuda":
-                    host = host.pin_memory()
-                target = rows[start : start + len(part), : part.shape[1]]
-                target.copy_(host, non_blocking=True)
-            squared = torch.cat([part.float().square().sum(1) for part in rows.split(LOAD_ROWS)])
-            bias = squared / 2 if self.metric == "l2" else torch.zeros_like(squared)
-            bias[len(ids) :] = torch.inf
-            largest = float(squared.max())
-            if not largest < torch.inf:
-                bad = int(ids[int(squared.isfinite().logical_not().nonzero()[0])])
-                raise RetroDataError(
-                    f"database row {bad} is not finite. Embed this chunk again, in fp32 if its "
-                    "values overflow the encoder's precision."
-                )
-            yield _Tile(first, len(ids), rows, bias, largest)
+    def _streamed(self) -> Iterator[_Tile]:
+        """Tiles from the host by turns in two buffers: one is filled while the other is searched."""
+        shape = (2, self.tile_rows, self.dim)
+        buffers = torch.zeros(shape, dtype=torch.float16, device=self.device)
+        streams = _Streams(self.device)
+        starts = range(0, self.num_rows, self.tile_rows)
+        for number, first in enumerate(starts):
+            count = min(self.tile_rows, self.num_rows - first)
+            rows = buffers[number % 2][: _up(count, ALIGN)]
+            with streams.copying():
+                if number == 0:
+                    self._send(rows, first, first + count)
+                rows[count:] = 0
+                tile = self._tile(first, count, rows)  # waits for the copy, not for the search
+            streams.search_waits(tile.columns.bias, tile.columns.norms)
+            yield tile
+            if number + 1 < len(starts):
+                streams.copy_waits_for_search_before()
+                with streams.copying():
+                    first = starts[number + 1]
+                    count = min(self.tile_rows, self.num_rows - first)
+                    self._send(buffers[(number + 1) % 2], first, first + count)
 
     # ---- searching ----
 
     def search(
-        self, queries: np.ndarray[Any, Any], k: int, excluded: np.ndarray[Any, Any]
+        self, queries: np.ndarray[Any, Any] | Tensor, k: int, excluded: np.ndarray[Any, Any]
     ) -> Neighbors:
         """As `exact.nearest`; queries (Q, d) float16, excluded (Q, 2) database rows [lo, hi)."""
         count = len(queries)
-        ids = torch.full((count, k), -1, dtype=torch.int64, device=self.device)
-        keys = torch.full((count, k), torch.inf, device=self.device)
-        own = torch.from_numpy(np.searchsorted(self.ids, excluded)).to(self.device)
-        panels = [
-            _Panel(queries[start : start + self.panel_rows], self.dim, self.device)
-            for start in range(0, count, self.panel_rows)
-        ]
+        own = self.own_ranges(excluded)
+        height = _up(count, ALIGN)
+        rows = torch.zeros(height, self.dim, dtype=torch.float16, device=self.device)
+        self._copy(queries if isinstance(queries, Tensor) else _as_tensor(queries), rows)
+        panels = _Rows(rows, count, self.metric)
+        panels.reach(lambda bad: f"query row {bad}")
+        best = _Best(height, k, self.device)
+        lists = _Lists(min(height, self.panel_rows), k, self.device)
         for tile in self.tiles():
-            for number, panel in enumerate(panels):
-                first = number * self.panel_rows
-                part = slice(first, first + panel.count)
-                found = self._search_tile(panel, tile, own[part], keys[part, -1], k)
-                keys[part], ids[part] = _merge((keys[part], ids[part]), found, k)
-        if panels:
-            zero = torch.cat([panel.squared for panel in panels]) == 0
-            ids[zero], keys[zero] = -1, torch.inf
-        distances = keys if self.metric == "l2" else -keys
-        return Neighbors(ids.cpu().numpy(), distances.cpu().numpy())
+            step = self._panel_height(tile, height)
+            ranges = _Own.of(own, tile.first, tile.columns.height, height)
+            work = _Buffers(step, tile.columns.height, self.device, by_columns=False)
+            for first in range(0, height, step):
+                stop = min(first + step, height)
+                self._search_panel(panels, first, stop, tile, ranges, lists, best, work)
+        return self.on_its_way(best, count).arrived()[0]
 
-    def _search_tile(
-        self, panel: _Panel, tile: _Tile, own: Tensor, worst: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        """Exact keys and database rows (count, candidates) of a panel's best in one tile."""
-        height, count = panel.rows.shape[0], panel.count
-        low, high = (_padded(own[:, i] - tile.first, height) for i in (0, 1))
-        floor = _padded(self._floor(panel, worst), height, -torch.inf)
-        keep = triton.next_power_of_2(k + SPARE)
-        groups = self._best_groups(panel, tile, low, high, floor, keep)
-        candidates = min(k + SPARE, keep * GROUP)
-        keys = torch.full((count, candidates), torch.inf, device=self.device)
-        ids = torch.full((count, candidates), -1, dtype=torch.int64, device=self.device)
-        step = max(1, 2**28 // (keep * GROUP * 8))
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            scores, columns = self._score_groups(panel, tile, groups, (low, high), rows)
-            best = scores.topk(candidates, 1)
-            chosen = torch.where(best.values > -torch.inf, columns.gather(1, best.indices), -1)
-            keys[rows], ids[rows] = self._ranked(panel.rows[rows], tile, chosen)
-            # Where near-ties go on beyond the candidates, every column of the groups is ranked.
-            slack = self._slack(panel, rows, tile)
-            close = best.values[:, -1] >= best.values[:, min(k, candidates) - 1] - slack
-            crowded = (close & (best.values[:, -1] > -torch.inf)).nonzero().squeeze(1)
-            for some in crowded.split(max(1, step // 64)):
-                wide = torch.where(scores[some] > -torch.inf, columns[some], -1)
-                ranked = self._ranked(panel.rows[rows][some], tile, wide)
-                keys[rows.start + some], ids[rows.start + some] = (
-                    r[:, :candidates] for r in ranked
-                )
-        return keys, ids
+    def own_ranges(self, excluded: np.ndarray[Any, Any]) -> Tensor:
+        """(Q, 2) int64 on the device, in numbers of rows that may be found."""
+        ranges = excluded if self.ids is None else np.searchsorted(self.ids, excluded)
+        return _as_tensor(np.ascontiguousarray(ranges)).to(self.device)
 
-    def _slack(self, panel: _Panel, rows: slice, tile: _Tile) -> Tensor:
-        """More than the rounding of two float32 scores of these queries can differ by."""
-        factor: float = 2.0**-20 * (self.dim + 16) ** 0.5
-        return factor * (panel.squared[rows] + tile.largest)
+    def _panel_height(self, tile: _Tile, height: int) -> int:
+        fitting = self.free_for_maxima() // max(1, tile.columns.height // 2)
+        return max(min(self.panel_rows, fitting // ALIGN * ALIGN, height), ALIGN)
 
-    def _floor(self, panel: _Panel, worst: Tensor) -> Tensor:
-        """A score that a group must beat to matter, given the k-th best key so far."""
-        if self.metric == "ip":
-            score = -worst
-            slack = worst.abs()
-        else:
-            score = (panel.squared - worst) / 2
-            slack = panel.squared + worst.abs()
-        floor = score - 2.0**-10 * slack  # wider than the rounding of any float32 score
-        return torch.where(worst.isfinite(), floor, -torch.inf)
-
-    def _best_groups(
-        self, panel: _Panel, tile: _Tile, low: Tensor, high: Tensor, floor: Tensor, keep: int
-    ) -> Tensor:
-        height = panel.rows.shape[0]
-        blocks = tile.rows.shape[0] // BLOCK_N
-        fine = torch.empty(height, blocks * (BLOCK_N // GROUP), device=self.device)
-        coarse = torch.empty(height, -(-blocks // 4) * 4, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        programs = (
-            torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 4
+    def _search_panel(
+        self,
+        queries: _Rows,
+        first: int,
+        stop: int,
+        tile: _Tile,
+        own: _Own,
+        lists: _Lists,
+        best: _Best,
+        work: _Buffers,
+    ) -> None:
+        """Queries [first, stop) take in what a tile has for them."""
+        panel = queries.part(first, stop)
+        own = _Own(own.low[first:stop], own.high[first:stop])
+        part = best.part(first, stop)
+        lists = lists.part(0, stop - first)
+        lists.clear(part.floors)
+        self.one_sided(panel, own, tile.columns, 0, tile.columns.height, lists, work)
+        self.rank(panel, own, tile, lists, part, work)
+        kernels.open_crowded_kernel[(panel.count,)](
+            part.crowded,
+            work.coarse,
+            work.fine,
+            panel.bias,
+            panel.rows,
+            tile.columns.rows,
+            tile.columns.bias,
+            own.low,
+            own.high,
+            panel.norms,
+            part.keys,
+            part.ids,
+            part.floors,
+            tile.first,
+            tile.columns.count,
+            tile.columns.height // ONE_SIDED.columns,
+            tile.reach,
+            work.coarse.stride(0),
+            work.fine.stride(0),
+            K=best.k,
+            PLACES=triton.next_power_of_2(best.k),
+            IN_CELL=ONE_SIDED.columns // GROUP,
+            SPAN=256,
+            **self._exactly(4),
         )
-        _group_maxima_kernel[(programs,)](
-            TensorDescriptor.from_tensor(panel.rows, [BLOCK_M, BLOCK_K]),
-            TensorDescriptor.from_tensor(tile.rows, [BLOCK_N, BLOCK_K]),
-            tile.bias,
-            low,
-            high,
-            low.view(-1, BLOCK_M).amin(1),
-            high.view(-1, BLOCK_M).amax(1),
-            fine,
-            coarse,
-            height,
-            blocks,
-            fine.stride(0),
-            coarse.stride(0),
+        self.mark("crowded queries")
+
+    def one_sided(
+        self,
+        panel: _Rows,
+        own: _Own,
+        columns: _Rows,
+        start: int,
+        stop: int,
+        lists: _Lists,
+        work: _Buffers,
+    ) -> None:
+        """The lists of a panel take in columns [start, stop), whole blocks."""
+        self._maxima(panel, own, columns, start, stop, work, ONE_SIDED)
+        self._merge_rows(panel, lists, start, stop, work, ONE_SIDED)
+
+    def two_sided(
+        self,
+        panel: _Rows,
+        own: _Own,
+        columns: _Rows,
+        start: int,
+        stop: int,
+        lists: _Lists,
+        all_lists: _Lists,
+        work: _Buffers,
+    ) -> None:
+        """As `one_sided`, for a panel that begins at `start`; later columns take in its rows too."""
+        later = start + panel.height
+        thresholds = (all_lists.least, later)
+        self._maxima(panel, own, columns, start, stop, work, SYMMETRIC, thresholds)
+        self._merge_rows(panel, lists, start, stop, work, SYMMETRIC)
+        cells = panel.height // SYMMETRIC.rows
+        kernels.merge_columns_kernel[(triton.cdiv(stop - later, COLUMNS_AT_ONCE),)](
+            work.flags,
+            work.column_fine,
+            all_lists.values,
+            all_lists.groups,
+            all_lists.least,
+            later,
+            stop - later,
+            cells,
+            kernels.ROW_GROUP + start // GROUP,
+            work.flags.stride(0),
+            KEEP=all_lists.keep,
+            COLUMN_STRIDE=work.column_fine.stride(0),
+            CELLS=triton.next_power_of_2(work.panel // SYMMETRIC.rows),
+            COLUMNS=COLUMNS_AT_ONCE,
+            num_warps=1,
+        )
+        self.mark("merge by columns")
+
+    def _maxima(
+        self,
+        panel: _Rows,
+        own: _Own,
+        columns: _Rows,
+        start: int,
+        stop: int,
+        work: _Buffers,
+        shape: Shape,
+        later: tuple[Tensor, int] | None = None,
+    ) -> None:
+        """Maxima of groups; also those by columns, where later: (their thresholds, first one)."""
+        thresholds, final = (work.coarse, 0) if later is None else later
+        kernels.group_maxima_kernel[(self.programs,)](
+            panel.descriptor(shape.rows, shape.depth),
+            columns.descriptor(shape.columns, shape.depth),
+            panel.bias,
+            columns.bias,
+            own.low,
+            own.high,
+            *own.blocks(shape.rows),
+            work.fine,
+            work.coarse,
+            work.column_fine,
+            work.flags,
+            thresholds,
+            panel.height,
+            start,
+            (stop - start) // shape.columns,
+            final,
+            work.fine.stride(0),
+            work.coarse.stride(0),
+            work.flags.stride(0),
+            1,
             DIM=self.dim,
-            PROGRAMS=programs,
+            PROGRAMS=self.programs,
             SWIZZLE=8,
-            BM=BLOCK_M,
-            BN=BLOCK_N,
-            BK=BLOCK_K,
-            FLATTEN=True,
-            num_warps=8,
-            num_stages=3,
+            BM=shape.rows,
+            BN=shape.columns,
+            BK=shape.depth,
+            SYMMETRIC=later is not None,
+            COLUMN_STRIDE=work.column_fine.stride(0),
+            num_warps=shape.warps,
+            num_stages=min(shape.stages, max(1, self.shared_bytes // shape.stage_bytes)),
         )
-        groups = torch.empty(height, keep, dtype=torch.int32, device=self.device)
-        _best_groups_kernel[(height,)](
-            coarse,
-            fine,
-            floor,
-            groups,
-            blocks,
-            coarse.stride(0),
-            fine.stride(0),
-            KEEP=keep,
-            IN_BLOCK=BLOCK_N // GROUP,
+        self.mark("products")
+
+    def _merge_rows(
+        self, panel: _Rows, lists: _Lists, start: int, stop: int, work: _Buffers, shape: Shape
+    ) -> None:
+        kernels.merge_rows_kernel[(panel.count,)](
+            work.coarse,
+            work.fine,
+            panel.bias,
+            lists.values,
+            lists.groups,
+            lists.least,
+            (stop - start) // shape.columns,
+            start // GROUP,
+            work.coarse.stride(0),
+            work.fine.stride(0),
+            KEEP=lists.keep,
+            IN_CELL=shape.columns // GROUP,
             SPAN=1024,
             num_warps=1,
         )
-        return groups
+        self.mark("merge by rows")
 
-    def _score_groups(
-        self,
-        panel: _Panel,
-        tile: _Tile,
-        groups: Tensor,
-        own: tuple[Tensor, Tensor],
-        rows: slice,
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and columns (n, 8 * groups) of every column of the best groups; -inf and -1."""
-        keep, count = groups.shape[1], rows.stop - rows.start
-        scores = torch.empty(count, keep * GROUP, device=self.device)
-        columns = torch.empty(count, keep * GROUP, dtype=torch.int64, device=self.device)
-        _score_groups_kernel[(count,)](
-            panel.rows,
-            tile.rows,
-            tile.bias,
-            groups,
-            *own,
-            scores,
-            columns,
-            rows.start,
-            tile.num_rows,
+    def rank(
+        self, panel: _Rows, own: _Own, tile: _Tile, lists: _Lists, best: _Best, work: _Buffers
+    ) -> None:
+        """Exact keys of the columns of a panel's lists, and the k best of these and before."""
+        constants = self._exactly(1)
+        work.room_for_candidates(lists.keep)
+        kernels.choose_groups_kernel[(panel.count,)](
+            lists.values,
+            lists.groups,
+            panel.norms,
+            work.order,
+            work.counts,
+            work.lowest,
+            tile.reach,
+            K=best.k,
+            LISTED=lists.listed,
+            KEEP=lists.keep,
+            AT_ONCE=8,
             DIM=self.dim,
-            KEEP=keep,
-            AT_ONCE=16,
-            BK=256,
-            num_warps=4,
+            L2=self.metric == "l2",
+            num_warps=1,
         )
-        return scores, columns
+        kernels.exact_keys_kernel[(panel.count,)](
+            panel.rows,
+            tile.columns.rows,
+            tile.columns.bias,
+            own.low,
+            own.high,
+            work.order,
+            work.counts,
+            work.keys,
+            work.ids,
+            tile.columns.count,
+            KEEP=lists.keep,
+            EACH=CANDIDATES_AT_ONCE // 4,
+            **{**constants, "num_warps": 4},
+        )
+        self.mark("distances")
+        kernels.select_kernel[(panel.count,)](
+            work.keys,
+            work.ids,
+            work.counts,
+            work.lowest,
+            panel.norms,
+            best.keys,
+            best.ids,
+            best.floors,
+            best.crowded,
+            tile.first,
+            tile.reach,
+            K=best.k,
+            PLACES=triton.next_power_of_2(best.k),
+            CANDIDATES=lists.keep * GROUP,
+            DIM=self.dim,
+            L2=self.metric == "l2",
+            num_warps=1 if lists.keep <= 64 else 4,
+        )
+        self.mark("select")
 
-    def _ranked(self, queries: Tensor, tile: _Tile, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact keys and database rows of candidates, ordered by (key, row)."""
-        keys = self._exact_keys(queries, tile, columns)
-        place = (tile.first + columns).clamp(min=0)
-        ids = torch.where(columns >= 0, self.device_ids[place], -1)
-        return _ordered(keys, ids)
+    def _exactly(self, warps: int) -> dict[str, Any]:
+        """Constants of kernels that sum exact keys; a fused multiplication would change bits."""
+        return {
+            "DIM": self.dim,
+            "BK": min(kernels.WIDTH, triton.next_power_of_2(self.dim)),
+            "L2": self.metric == "l2",
+            "num_warps": warps,
+            "enable_fp_fusion": False,
+        }
 
-    def _exact_keys(self, queries: Tensor, tile: _Tile, columns: Tensor) -> Tensor:
-        """Squared distances or negated products, in float64, rounded to float32; +inf for -1."""
-        keys = torch.full(columns.shape, torch.inf, device=self.device)
-        row, place = (columns >= 0).nonzero(as_tuple=True)
-        for pairs in torch.arange(len(row), device=self.device).split(
-            self.pair_bytes // (8 * self.dim)
-        ):
-            x = tile.rows[columns[row[pairs], place[pairs]]].double()
-            q = queries[row[pairs]].double()
-            terms = x.sub_(q).square_() if self.metric == "l2" else x.mul_(q).neg_()
-            # The dimensions added for alignment are zeros, and are left out: the order of the sum
-            # is that of the CPU path.
-            terms = terms[:, : self.database.shape[1]].contiguous()
-            keys[row[pairs], place[pairs]] = fixed_sum(terms).float()
-        return keys
-
-
-class _Panel:
-    """Queries on the device: (height, d) float16, padded with rows of zeros to whole blocks."""
-
-    def __init__(self, queries: np.ndarray[Any, Any], dim: int, device: torch.device) -> None:
-        self.count = len(queries)
-        height = -(-self.count // BLOCK_M) * BLOCK_M
-        self.rows = torch.zeros(height, dim, dtype=torch.float16, device=device)
-        host = torch.from_numpy(np.ascontiguousarray(queries))
-        self.rows[: self.count, : queries.shape[1]] = host.to(device)
-        self.squared = self.rows[: self.count].float().square().sum(1)
-        if self.count and not self.squared.isfinite().all():
-            bad = int(self.squared.isfinite().logical_not().nonzero()[0])
-            raise RetroDataError(f"query row {bad} of this block is not finite: embed it again.")
+    def on_its_way(self, best: _Best, count: int) -> _OnItsWay:
+        """The first rows of a result, on their way to the host."""
+        ids = best.ids[:count].long()
+        if self.device_ids is not None:
+            ids = torch.where(ids >= 0, self.device_ids[ids.clamp(min=0)], -1)
+        keys = best.keys[:count]
+        distances = keys.clone() if self.metric == "l2" else -keys
+        found = _OnItsWay(ids, distances, best.crowded[:count].clone(), None)
+        if not self.on_gpu:
+            return found
+        ids, distances, crowded = (
+            torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(
+                source, non_blocking=True
+            )
+            for source in found[:3]
+        )
+        event = torch.cuda.current_stream(self.device).record_event()
+        self.mark("results to the host")
+        return _OnItsWay(ids, distances, crowded, event)
 
 
-def _padded(values: Tensor, height: int, fill: float = 0) -> Tensor:
-    """Values of queries as int32 or float32, with `fill` for the padding rows of a panel."""
-    dtype = torch.float32 if values.is_floating_point() else torch.int32
-    padded = torch.full((height,), fill, dtype=dtype, device=values.device)
-    padded[: len(values)] = values.to(dtype)
-    return padded
+class _Streams:
+    """A stream for copies beside that of the search; nothing at all without a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.search: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.search = torch.cuda.current_stream(device)
+            self.copies = torch.cuda.Stream(device)
+            self.copies.wait_stream(self.search)
+            self.enqueued: torch.cuda.Event | None = None
+
+    def copying(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.search is None else torch.cuda.stream(self.copies)
+
+    def search_waits(self, *made: Tensor) -> None:
+        """What comes next on the search's stream waits for the copies, and uses tensors of theirs."""
+        if self.search is not None:
+            self.search.wait_stream(self.copies)
+            for tensor in made:
+                tensor.record_stream(self.search)
+
+    def copy_waits_for_search_before(self) -> None:
+        """The next copy waits for the search but one: of the buffer that it will fill."""
+        if self.search is not None:
+            if self.enqueued is not None:
+                self.copies.wait_event(self.enqueued)
+            self.enqueued = self.search.record_event()
 
 
-def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k first of two lists of (keys, ids) by (key, id)."""
-    keys, ids = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
-    keys, ids = _ordered(keys, ids)
-    return keys[:, :k], ids[:, :k]
+class _OnItsWay(NamedTuple):
+    """Results that a copy in progress brings to the host."""
+
+    ids: Tensor
+    distances: Tensor
+    crowded: Tensor
+    event: Any
+
+    def arrived(self) -> tuple[Neighbors, np.ndarray[Any, Any]]:
+        """The results, and which rows are crowded."""
+        if self.event is not None:
+            self.event.synchronize()
+        return Neighbors(self.ids.numpy(), self.distances.numpy()), self.crowded.numpy() != 0
 
 
-def _ordered(keys: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of (keys, ids) ordered by (key, id)."""
-    by_id = ids.argsort(dim=1, stable=True)
-    keys, ids = keys.gather(1, by_id), ids.gather(1, by_id)
-    order = keys.argsort(dim=1, stable=True)
-    return keys.gather(1, order), ids.gather(1, order)
+# ---- the database's own rows ---------------------------------------------------------------------
+
+
+class AllPairs:
+    """The nearest rows of each row of a resident database, at half the products.
+
+    Rows are asked for in ascending order, in any pieces; what was asked for is worked on in panels.
+    A panel meets the columns that no panel before it was: those later than its first row, for both
+    sides at once, and earlier ones that were left out, for itself alone. One panel is ahead of what
+    was asked for, so that the device does not wait while results are used.
+
+    Args:
+        search: of a database that is resident.
+        k: neighbors of each row.
+        excluded: (N, 2) int64, the database rows [lo, hi) of each row's own document; the rows of a
+            document have the same.
+        start, stop: rows that will be asked for.
+    """
+
+    def __init__(
+        self,
+        search: GpuSearch,
+        k: int,
+        excluded: np.ndarray[Any, Any],
+        start: int,
+        stop: int,
+    ) -> None:
+        assert search.resident is not None
+        self.search, self.k, self.excluded = search, k, excluded
+        self.tile = search.resident
+        self.rows = self.tile.columns
+        own = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
+        self.own = _Own.of(own, 0, self.rows.height, self.rows.height)
+        first, last = self._numbers(start), self._numbers(stop)
+        self.position = first // ALIGN * ALIGN  # the first row that no panel has come to
+        self.stop = _up(last, ALIGN)
+        self.met: list[tuple[int, int]] = []  # rows that panels have been, in order
+        self.lists = _Lists(self.rows.height, k, search.device)
+        self.lists.clear()
+        fitting = search.free_for_maxima() // max(1, self.rows.height)
+        panel = min(search.panel_rows, fitting // ALIGN * ALIGN, self.stop - self.position)
+        self.panel = max(panel, ALIGN)
+        self.work = _Buffers(self.panel, self.rows.height, search.device, by_columns=True)
+        self.ahead: tuple[int, int, _OnItsWay] | None = None
+        self.held: tuple[int, int, Neighbors] | None = None
+
+    def _numbers(self, row: int) -> int:
+        """How many rows that may be found lie before a database row."""
+        ids = self.search.ids
+        return row if ids is None else int(np.searchsorted(ids, row))
+
+    def neighbors(self, start: int, stop: int) -> Neighbors:
+        """Of database rows [start, stop); those that may not be found themselves are searched."""
+        first, last = self._numbers(start), self._numbers(stop)
+        admitted = self.search.ids
+        if admitted is None:
+            return self._of_numbers(first, last)
+        ids = np.empty((stop - start, self.k), np.int64)
+        distances = np.empty((stop - start, self.k), np.float32)
+        place = admitted[first:last] - start
+        ids[place], distances[place] = self._of_numbers(first, last)
+        others = np.setdiff1d(np.arange(stop - start), place, assume_unique=True)
+        if len(others):
+            vectors, own = self.search.database.take(start + others), self.excluded[start + others]
+            ids[others], distances[others] = self.search.search(vectors, self.k, own)
+        return Neighbors(ids, distances)
+
+    def _of_numbers(self, first: int, last: int) -> Neighbors:
+        """Neighbors of rows [first, last) of those that may be found."""
+        ids = np.empty((last - first, self.k), np.int64)
+        distances = np.empty((last - first, self.k), np.float32)
+        at = first
+        while at < last:
+            panel = self._panel_of(at)
+            if panel is None:  # a panel of long ago, whose results are gone
+                rest = np.arange(at, last)
+                ids[at - first :], distances[at - first :] = self._searched(rest)
+                break
+            begin, end, found = panel
+            stop = min(end, last)
+            part, source = slice(at - first, stop - first), slice(at - begin, stop - begin)
+            ids[part], distances[part] = found.ids[source], found.distances[source]
+            at = stop
+        return Neighbors(ids, distances)
+
+    def _panel_of(self, row: int) -> tuple[int, int, Neighbors] | None:
+        """The panel that a row is in, with its results; None for one that is gone."""
+        if self.held is not None and self.held[0] <= row < self.held[1]:
+            return self.held
+        if self.ahead is None or not self.ahead[0] <= row < self.ahead[1]:
+            if row < self.position:
+                return None
+            self.ahead = self._start_panel(row // ALIGN * ALIGN)
+        begin, end, results = self.ahead
+        self.ahead = self._start_panel(self.position) if self.position < self.stop else None
+        found, crowded = results.arrived()
+        if crowded.any():
+            rows = np.flatnonzero(crowded)
+            found.ids[rows], found.distances[rows] = self._searched(begin + rows)
+        self.held = begin, end, found
+        return self.held
+
+    def _searched(self, numbers: np.ndarray[Any, Any]) -> Neighbors:
+        """Neighbors of rows that may be found, by a search of the whole database."""
+        rows = numbers if self.search.ids is None else self.search.ids[numbers]
+        on_device = torch.from_numpy(numbers).to(self.search.device)
+        return self.search.search(self.rows.rows[on_device], self.k, self.excluded[rows])
+
+    def _start_panel(self, first: int) -> tuple[int, int, _OnItsWay]:
+        """Sets the device to work on the panel that begins at row `first`, and does not wait."""
+        last = min(first + self.panel, self.stop)
+        search, work, columns = self.search, self.work, self.rows
+        panel = columns.part(first, last)
+        own = _Own(self.own.low[first:last], self.own.high[first:last])
+        lists = self.lists.part(first, last)
+        for low, high in self._left_out(first):
+            search.one_sided(panel, own, columns, low, high, lists, work)
+        if last == columns.height or last == self.stop:
+            search.one_sided(panel, own, columns, first, columns.height, lists, work)
+        else:
+            search.two_sided(panel, own, columns, first, self.stop, lists, self.lists, work)
+            if self.stop < columns.height:
+                search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
+        best = _Best(last - first, self.k, search.device)
+        search.rank(panel, own, self.tile, lists, best, work)
+        self.met.append((first, last))
+        self.position = last
+        return first, last, search.on_its_way(best, panel.count)
+
+    def _left_out(self, row: int) -> list[tuple[int, int]]:
+        """Ranges of columns before a row that were no panel."""
+        edges = [0, *(edge for panel in self.met for edge in panel), row]
+        ranges = zip(edges[::2], edges[1::2], strict=True)
+        return [(low, high) for low, high in ranges if low < high]
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """The same memory as a tensor, which is only read: memory maps are not writable."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

@@ -20,7 +20,7 @@ from retro_data import store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
-from retro_data.exact import Neighbors, Search, Vectors, rank
+from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, rank
 from retro_data.index import SearchIndex, load_index
 from retro_data.stage import (
     Block,
@@ -82,6 +82,8 @@ class NeighborContext:
     database: Database
     index: SearchIndex | None
     exact: Search
+    itself: SelfSearch | None  # where the queries are rows of the database
+    first_row: int  # of the query store in the database, if it is there
 
 
 class NeighborStage:
@@ -98,7 +100,7 @@ class NeighborStage:
     """
 
     name = "neighbors"
-    version = 1
+    version = 2
     unit = "chunks"
 
     def __init__(
@@ -118,7 +120,7 @@ class NeighborStage:
         self.database = database
         self.search = search
         self.index = index
-        self.resources = Resources(gpu=search == "exact", threads=0)
+        self.resources = Resources(gpu=search == "exact", threads=0, in_runs=True)
 
     def key_fields(self) -> dict[str, Any]:
         return {
@@ -149,18 +151,34 @@ class NeighborStage:
             device=device if index is None else "cpu",
             memory_bytes=self.settings.memory,
         )
-        context = NeighborContext(ChunkStore(self.chunks[0]), vectors, database, index, exact)
-        return contextlib.nullcontext(context)
+        itself, first_row = None, 0
+        if index is None and (self.chunks[0], self.embeddings) in self._stores():
+            place = self._stores().index((self.chunks[0], self.embeddings))
+            first_row, stop = database.first_rows[place : place + 2]
+            own = database.own_documents(np.arange(database.first_rows[-1]))
+            itself = exact.of_itself(self.settings.num_stored, own, first_row, stop)
+        return contextlib.nullcontext(
+            NeighborContext(
+                ChunkStore(self.chunks[0]), vectors, database, index, exact, itself, first_row
+            )
+        )
+
+    def _stores(self) -> list[tuple[Path, tuple[Path, str]]]:
+        """Chunks and embeddings of the stores of the database, in order."""
+        return list(zip(self.database.chunks, self.database.embeddings, strict=True))
 
     def make(self, context: NeighborContext, block: Block, out: BlockWriter) -> None:
         chunks, database = context.queries, context.database
         document = chunks.document_of_chunk[block.start : block.stop]
         own = database.rows_of_documents(chunks.documents.keys[document])
         queries = context.vectors.rows(block.start, block.stop)
-        if context.index is None:
-            found = context.exact(queries, self.settings.num_stored, own)
-        else:
+        if context.index is not None:
             found = self._by_index(context, context.index, queries, own, out)
+        elif context.itself is not None:
+            first = context.first_row
+            found = context.itself.rows(first + block.start, first + block.stop)
+        else:
+            found = context.exact(queries, self.settings.num_stored, own)
         self._count(found, own, _is_last_of_document(chunks, document, block), out)
         wide = database.shape[0] >= 2**31
         ids = found.ids.astype(np.int64 if wide else np.int32)

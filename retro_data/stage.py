@@ -39,11 +39,20 @@ class Resources:
         gpu: one device a worker where the machine has any; a CPU worker otherwise.
         threads: threads a CPU worker can use well; 0 means all that the machine has.
         light: too little work to start a process for.
+        blocks_at_once: blocks that a GPU worker makes at the same time, each in a thread of its own
+            (`make` must allow that), so that the device works on one while another is read or written.
+        in_runs: a worker gains by blocks that follow each other: each worker gets a run of them.
     """
 
     gpu: bool = False
     threads: int = 1
     light: bool = False
+    blocks_at_once: int = 1
+    in_runs: bool = False
+
+    def threads_of_worker(self, device: str) -> int:
+        """Threads of a worker on this device that make blocks: it is given as many at once."""
+        return self.blocks_at_once if device.startswith("cuda") else 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ from retro_data.store import part_name
 SQUARES = "squares.npy"
 
 
+class Threads(Resources):
+    """A worker makes as many blocks at once as one on a GPU would."""
+
+    def threads_of_worker(self, device: str) -> int:
+        return self.blocks_at_once
+
+
 class ArithmeticStage:
     """Squares of [0, rows).
 
@@ -39,7 +46,8 @@ class ArithmeticStage:
         block_rows: the tiling, which no byte depends on.
         seconds: that a block takes.
         fate: block number to "raise" (an error), "kill" (SIGKILL), "exit" (of the process), or
-            "meet": wait until another process has begun a block.
+            "meet": wait until another process has begun a block, "pair": until another block has begun,
+            "sleep": for a minute.
     """
 
     name = "arithmetic"
@@ -89,16 +97,20 @@ class ArithmeticStage:
             case "exit":
                 os._exit(7)
             case "meet":
-                self._meet()
+                self._wait(lambda: any(e["pid"] != os.getpid() for e in entries(self.diary)))
+            case "sleep":
+                time.sleep(60)
+            case "pair":
+                self._wait(lambda: len(entries(self.diary)) > 1)
         out.array(part_name(block.index, SQUARES), np.arange(block.start, block.stop) ** 2)
         out.rows = block.stop - block.start
         out.count("squares", out.rows)
 
-    def _meet(self) -> None:
+    def _wait(self, condition: Callable[[], bool]) -> None:
         until = time.monotonic() + 60
-        while all(entry["pid"] == os.getpid() for entry in entries(self.diary)):
+        while not condition():
             if time.monotonic() > until:
-                raise TimeoutError("no other process came")
+                raise TimeoutError("no other block was begun")
             time.sleep(0.01)
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:

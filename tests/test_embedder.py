@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prepared import Made, corpus_of, texts
 
 from retro_data.artifact import read_manifest
-from retro_data.embedder import Embedder, EmbedderSettings, embedder_folder
+from retro_data.embedder import Embedder, EmbedderSettings, Ragged, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
@@ -401,3 +401,9 @@ def test_other_weights_are_another_key(tmp_path: Path, tiny_encoder: Path, small
     ]
     assert keys[0] == keys[1]
     assert keys[0]["files"] != keys[2]["files"]
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(plain: Embedder) -> None:
+    ids = np.array([7, plain.words], np.int32)
+    with pytest.raises(RetroDataError, match=rf"token {plain.words}, its model knows"):
+        plain.embed(Ragged(ids, np.array([2])))

@@ -12,13 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, blocks_made, entries
+from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, Threads, blocks_made, entries
 
 from retro_data.artifact import open_array, read_manifest
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
-from retro_data.engines.local import StageFailed, child_environment, device_names, visible_devices
+from retro_data.engines.local import (
+    StageFailed,
+    _Pending,
+    child_environment,
+    device_names,
+    visible_devices,
+)
 from retro_data.errors import RetroDataError
-from retro_data.stage import Resources, complete, read_receipts
+from retro_data.stage import Resources, complete, read_receipts, tile
 
 ROWS = 55
 
@@ -78,6 +84,32 @@ def test_a_light_stage_starts_no_process(tmp_path: Path, diary: Path):
 def test_no_worker_is_started_without_a_block_for_it(tmp_path: Path, diary: Path):
     complete(ArithmeticStage(10, diary, seconds=0.05), tmp_path / "a", local(4))
     assert len({entry["pid"] for entry in entries(diary)}) == 1
+
+
+def test_a_worker_of_a_gpu_makes_two_blocks_at_once(tmp_path: Path, diary: Path):
+    assert Resources(blocks_at_once=2).threads_of_worker("cuda:0") == 2
+    assert Resources(blocks_at_once=2).threads_of_worker("cpu") == 1
+    stage = ArithmeticStage(ROWS, diary, fate={0: "pair"}, resources=Threads(blocks_at_once=2))
+    complete(stage, tmp_path / "a", local(1))
+    assert sorted(blocks_made(diary)) == list(range(6))
+    assert len({entry["pid"] for entry in entries(diary)}) == 1
+    assert open_array(tmp_path / "a" / SQUARES).tolist() == [i * i for i in range(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("fate", "cause"),
+    [("raise", "block 1 failed: ArithmeticError"), ("kill", "SIGKILL .*during block 0 and 1")],
+)
+def test_of_two_blocks_at_once_the_first_failure_ends_the_run(
+    tmp_path: Path, diary: Path, fate: str, cause: str
+):
+    began = time.monotonic()
+    fates = {0: "sleep", 1: fate}
+    stage = ArithmeticStage(ROWS, diary, fate=fates, resources=Threads(blocks_at_once=2))
+    with pytest.raises(StageFailed, match=cause):
+        complete(stage, tmp_path / "a", local(1))
+    assert time.monotonic() - began < 30
+    assert not any(is_running(entry["pid"]) for entry in entries(diary))
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -221,3 +253,14 @@ def test_each_worker_sees_one_gpu(tmp_path: Path, diary: Path):
     seen = {(e["device"], e["environment"]["CUDA_VISIBLE_DEVICES"]) for e in entries(diary)}
     assert seen <= {("cuda:0", name) for name in visible_devices(None)}
     assert read_manifest(tmp_path / "a")["devices"] == [torch.cuda.get_device_name(0)]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_blocks_are_given_out_in_runs_and_each_once(runs: int) -> None:
+    """A worker's own run in order; one that is done takes from the end of the longest."""
+    pending = _Pending(tile(17, 1), runs)
+    first = [block.index for _ in range(3) if (block := pending.next_of(0)) is not None]
+    assert first == [0, 1, 2]
+    rest = [block.index for block in iter(lambda: pending.next_of(runs - 1), None)]
+    assert sorted(first + rest) == list(range(17))
+    assert rest[: 17 // runs - 3] == sorted(rest[: 17 // runs - 3])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_data.errors import RetroDataError
-from retro_data.exact import Metric, Neighbors, Vectors, nearest, rank, recall
+from retro_data.exact import Metric, Neighbors, Search, Vectors, nearest, rank, recall
 
 METRICS: tuple[Metric, Metric] = ("l2", "ip")
 TINY = 1  # bytes: the smallest tiles there are, so that a few hundred rows make many of them
@@ -232,6 +232,25 @@ def test_rank_orders_candidates_as_the_search_does(metric: Metric) -> None:
     )
     assert (found.ids[:, 20:] == -1).all()
     assert np.isinf(found.distances[:, 20:]).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_of_the_database_itself(metric: Metric) -> None:
+    """In any pieces, ascending or not: what a search of the same rows finds."""
+    database, own = gaussian(120, 12), documents(120, 7)
+    store, admitted = Vectors([database]), np.arange(120) % 5 > 0
+    expected = nearest(database, store, 4, metric=metric, excluded=own, admitted=admitted)
+    itself = Search(store, metric=metric, admitted=admitted).of_itself(4, own, 10)
+    for low, high in ((10, 50), (50, 120), (30, 31), (120, 120)):
+        assert_same(itself.rows(low, high), Neighbors(*(e[low:high] for e in expected)))
+
+
+@pytest.mark.parametrize("wrong", [[0, 0], [3, 5], [5, 10], [0, 6]])
+def test_ranges_that_part_no_rows_into_documents_are_refused(wrong: list[int]) -> None:
+    own = documents(20, 5)
+    own[3] = wrong
+    with pytest.raises(RetroDataError, match="not the range of a document"):
+        Search(Vectors([gaussian(20, 8)]), metric="l2").of_itself(2, own)
 
 
 # --- what must change nothing --------------------------------------------------------------------

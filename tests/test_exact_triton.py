@@ -11,39 +11,103 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = """
+PRELUDE = """
 import numpy as np
+from retro_data import exact_triton
 from retro_data.exact import Vectors, nearest
-from retro_data.exact_triton import GpuSearch
+from retro_data.exact_triton import AllPairs, GpuSearch
 
-def check(rows, dim, k, metric, tile_rows):
-    rng = np.random.default_rng(rows)
-    x = rng.standard_normal((rows, dim)).astype(np.float16)
-    x[rows // 2:] = x[: rows - rows // 2]
-    x[rows // 3] = 0
-    document = np.arange(rows) // 7
-    excluded = np.stack([document * 7, np.minimum(document * 7 + 7, rows)], 1)
-    admitted = rng.random(rows) < 0.7
-    search = GpuSearch(Vectors([x]), metric, admitted, "cpu", tile_rows=tile_rows)
-    found = search.search(x, k, excluded)
-    options = dict(metric=metric, excluded=excluded, admitted=admitted)
-    expected = nearest(x, Vectors([x]), k, **options)
-    assert np.array_equal(found.ids, expected.ids)
-    assert np.array_equal(found.distances, expected.distances)
+exact_triton.CANDIDATES_AT_ONCE = 128  # fewer turns of a loop that the interpreter takes slowly
 
-check(90, 36, 4, "l2", 2**20)
-check(270, 24, 3, "ip", 256)
-check(3, 8, 20, "l2", 2**20)
+
+def documents(rows, size):
+    low = np.arange(rows) // size * size
+    return np.stack([low, np.minimum(low + size, rows)], 1)
+
+
+def same(found, expected):
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
+def gaussian(rows, dim, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float16)
 """
 
+CASES = {
+    "documents, admission, zero rows, twins and rows longer than a sum is wide": """
+for rows, dim, k, metric, tile_rows in ((90, 300, 4, "l2", 2**20), (270, 24, 3, "ip", 256)):
+    x = gaussian(rows, dim)
+    x[rows // 2:] = x[: rows - rows // 2]
+    x[rows // 3] = 0
+    own, admitted = documents(rows, 7), np.random.default_rng(1).random(rows) < 0.7
+    queries = slice(20, 60)
+    search = GpuSearch(Vectors([x]), metric, admitted, "cpu", tile_rows=tile_rows)
+    options = dict(metric=metric, excluded=own[queries], admitted=admitted)
+    same(search.search(x[queries], k, own[queries]), nearest(x[queries], Vectors([x]), k, **options))
+""",
+    "fewer rows than k, and one document alone": """
+x = gaussian(3, 8)
+for size in (1, 3):
+    search = GpuSearch(Vectors([x]), "l2", None, "cpu")
+    expected = nearest(x, Vectors([x]), 20, metric="l2", excluded=documents(3, size))
+    same(search.search(x, 20, documents(3, size)), expected)
+    same(AllPairs(search, 20, documents(3, size), 0, 3).neighbors(0, 3), expected)
+""",
+    "more equal rows than any list holds": """
+x = gaussian(150, 20)
+x[10:140] = x[10]
+own = documents(150, 3)
+expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own)
+search = GpuSearch(Vectors([x]), "l2", None, "cpu")
+some = slice(40, 52)
+found = search.search(x[some], 3, own[some])
+same(found, type(found)(expected.ids[some], expected.distances[some]))
+""",
+    "a database that is streamed": """
+x, own = gaussian(300, 16), documents(300, 5)
+search = GpuSearch(Vectors([x[:120], x[120:]]), "l2", None, "cpu", resident_bytes=0, tile_rows=256)
+assert not search.is_resident
+queries = slice(280, 300)
+expected = nearest(x[queries], Vectors([x]), 4, metric="l2", excluded=own[queries])
+same(search.search(x[queries], 4, own[queries]), expected)
+""",
+    "panels of the database's own rows, in any order and with some left out": """
+rows = 600
+x = gaussian(rows, 12)
+x[330:450] = x[30:150]  # twins in another panel
+real = np.r_[0:20, 240:270, 330:350, 500:530]
+x[np.setdiff1d(np.arange(rows), real)] = 0
+own, admitted = documents(rows, 6), np.ones(rows, bool)
+admitted[[5, 260, 261]] = False
+expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own, admitted=admitted)
+search = GpuSearch(Vectors([x]), "l2", admitted, "cpu", panel_rows=256)
+for asked in ([(0, 100), (100, 600)], [(300, 510), (590, 600), (0, 20)]):
+    pairs = AllPairs(search, 3, own, 0, rows)
+    for low, high in asked:
+        found = pairs.neighbors(low, high)
+        same(found, type(found)(expected.ids[low:high], expected.distances[low:high]))
+""",
+    "a store that is a part of the database": """
+x, own = gaussian(560, 12), documents(560, 4)
+x[np.setdiff1d(np.arange(560), np.r_[0:20, 250:275, 300:310, 520:545])] = 0
+expected = nearest(x, Vectors([x]), 3, metric="ip", excluded=own)
+pairs = AllPairs(GpuSearch(Vectors([x]), "ip", None, "cpu", panel_rows=256), 3, own, 251, 310)
+found = pairs.neighbors(251, 310)
+same(found, type(found)(expected.ids[251:310], expected.distances[251:310]))
+""",
+}
 
-def test_the_kernels_have_the_results_of_the_cpu_path() -> None:
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_have_the_results_of_the_cpu_path(case: str) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600
-    )
+    script = [sys.executable, "-W", "ignore", "-c", PRELUDE + CASES[case]]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

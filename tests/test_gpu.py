@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,53 +95,99 @@ def test_training_on_the_devices_of_the_trainer(
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+# ---- exact search --------------------------------------------------------------------------------
+
+
+def documents(rows: int, size: int) -> Any:
+    """[lo, hi) of each row's document, documents of `size` rows."""
+    low = np.arange(rows) // size * size
+    return np.stack([low, np.minimum(low + size, rows)], 1)
+
+
+def clustered(rows: int, dim: int) -> Any:
+    rng = np.random.default_rng(rows)
+    centers = rng.standard_normal((max(1, rows // 100), dim), dtype=np.float32)
+    x = centers[rng.integers(len(centers), size=rows)]
+    x += rng.standard_normal((rows, dim), dtype=np.float32)
+    return (x / 10).astype(np.float16)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
 @pytest.mark.parametrize(
-    ("rows", "dim", "k", "metric", "tile_rows", "resident_bytes"),
+    ("rows", "dim", "k", "metric", "options"),
     [
-        (20_000, 384, 32, "l2", 2**20, None),
-        (20_000, 768, 16, "ip", 2**20, None),
-        (9_001, 100, 64, "l2", 4096, 0),  # streamed from the host, rows that need padding
-        (5_000, 36, 128, "ip", 2048, None),
-        (7, 64, 10, "l2", 2**20, None),
-        (1, 64, 2, "l2", 2**20, None),
+        (20_005, 768, 16, "l2", {}),
+        (9_001, 100, 128, "ip", {"tile_rows": 4096, "panel_rows": 2048}),
+        (9_001, 100, 128, "ip", {"tile_rows": 2048, "resident_bytes": 0}),  # from the host
+        (7, 768, 16, "l2", {}),
+        (1, 768, 16, "l2", {}),
     ],
 )
 def test_exact_search_has_the_results_of_the_cpu(
-    rows: int, dim: int, k: int, metric: Any, tile_rows: int, resident_bytes: int | None
+    rows: int, dim: int, k: int, metric: Any, options: dict[str, int]
 ) -> None:
-    from retro_data.exact import Vectors, nearest
-    from retro_data.exact_triton import GpuSearch
+    """Any queries, and all rows of the database at once: the same bits."""
+    from retro_data.exact import Neighbors, Vectors, nearest
+    from retro_data.exact_triton import AllPairs, GpuSearch
 
-    rng = np.random.default_rng(rows)
-    centers = rng.standard_normal((max(1, rows // 100), dim))
-    x = (centers[rng.integers(len(centers), size=rows)] + rng.standard_normal((rows, dim))) / 10
-    x = x.astype(np.float16)
+    x = clustered(rows, dim)
     x[rows // 2 :] = x[: rows - rows // 2]  # every vector twice: ties go to the lower id
     x[5:rows:1000] = 0  # chunks without encoder tokens
-    document = np.arange(rows) // 20
-    excluded = np.stack([document * 20, np.minimum(document * 20 + 20, rows)], 1)
-    admitted = rng.random(rows) < 0.8
-    queries = slice(0, 2000)
+    own = documents(rows, 20)
+    admitted = np.random.default_rng(1).random(rows) < 0.9 if rows < 10_000 else None
     database = Vectors([x[: rows // 3], x[rows // 3 :]])
-    search = GpuSearch(database, metric, admitted, "cuda:0", resident_bytes, tile_rows)
-    assert search.is_resident == (resident_bytes is None)
-    found = search.search(x[queries], k, excluded[queries])
-    expected = nearest(
-        x[queries], database, k, metric=metric, excluded=excluded[queries], admitted=admitted
-    )
-    assert (found.ids == expected.ids).mean() > 0.9999
-    assert np.array_equal(found.distances, expected.distances)
+    search = GpuSearch(database, metric, admitted, "cuda:0", **options)
+    assert search.is_resident == ("resident_bytes" not in options)
+    expected = nearest(x, database, k, metric=metric, excluded=own, admitted=admitted)
+    some = slice(100, 1500)
+    assert_same(search.search(x[some], k, own[some]), Neighbors(*(e[some] for e in expected)))
+    if search.is_resident:
+        pairs = AllPairs(search, k, own, 0, rows)
+        for low, high in ((0, rows // 4), (rows // 4, rows // 3), (rows // 2, rows), (0, 9)):
+            high = min(high, rows)
+            found = pairs.neighbors(low, high)
+            assert_same(found, Neighbors(*(e[low:high] for e in expected)))
 
 
-def test_ascending_similarity_is_the_worst_order_and_still_exact() -> None:
-    from retro_data.exact import Vectors, nearest
+def test_exact_search_of_equal_rows_and_of_ascending_similarity() -> None:
+    """More ties than a list holds; and every row nearer to the last ones than all before it."""
+    from retro_data.exact import Search, Vectors, nearest
 
+    equal = clustered(6000, 768)
+    equal[500:5500] = equal[500]
     rng = np.random.default_rng(0)
-    query = rng.standard_normal(64)
-    x = (query + np.linspace(3, 0.1, 30_000)[:, None] * rng.standard_normal((30_000, 64))) / 8
-    x = x.astype(np.float16)
-    found, expected = (
-        nearest(x[-500:], Vectors([x]), 32, metric="l2", excluded=None, device=device)
-        for device in ("cuda:0", "cpu")
-    )
-    assert np.array_equal(found.ids, expected.ids)
+    query = rng.standard_normal(768)
+    noise = rng.standard_normal((17_000, 768))
+    ascending = (query + np.linspace(3, 0.1, 17_000)[:, None] * noise) / 30
+    for x, checked in ((equal, slice(400, 700)), (ascending.astype(np.float16), slice(-300, None))):
+        own = documents(len(x), 20)
+        database = Vectors([x])
+        found = Search(database, metric="l2", device="cuda:0").of_itself(16, own).rows(0, len(x))
+        expected = nearest(x[checked], database, 16, metric="l2", excluded=own[checked])
+        assert_same(type(found)(found.ids[checked], found.distances[checked]), expected)
+
+
+def test_neighbors_of_a_corpus_are_the_same_with_and_without_a_gpu(
+    small: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    from retro_data.store import NeighborLists
+
+    found = []
+    shared = pipeline.Settings.create(**small(root=tmp_path, neighbors={"num_stored": 6}))
+    for devices in ([0], []):
+        arguments = small(
+            root=tmp_path,
+            engine={"devices": devices},
+            neighbors={"num_stored": 6, "block_rows": 40},
+        )
+        pipeline.prepare(pipeline.Settings.create(**arguments))
+        (folder,) = (shared.root / "neighbors").iterdir()
+        lists = NeighborLists(folder)
+        found.append((np.array(lists.ids), np.array(lists.distances)))
+        shutil.rmtree(folder)
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        np.testing.assert_array_equal(on_gpu, on_cpu)

@@ -2,8 +2,9 @@
 
 A child is started anew by `python -m retro_data.engines.worker`, never forked (CUDA does not survive
 a fork), with one visible device and without the variables by which torch.distributed, torchrun or
-Slurm would take it for a rank. Parent and child speak over a socket pair: the stage once, then one
-block and one receipt at a time. The first failure, or a child that dies, ends the run with its cause.
+Slurm would take it for a rank. Parent and child speak over a socket pair: the stage once, then a
+block for every receipt, of as many at once as the stage wants. The first failure, or a child that
+dies, ends the run with its cause.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -67,10 +69,10 @@ class LocalEngine:
             return
         places = self._places(stage, len(missing))
         children: dict[Connection, _Child] = {}
-        pending = list(reversed(missing))
+        pending = _Pending(missing, len(places) if stage.resources.in_runs else 1)
         try:
-            for device, variables in places:
-                child = _Child(variables)
+            for number, (device, variables) in enumerate(places):
+                child = _Child(number, variables, stage.resources.threads_of_worker(device))
                 children[child.connection] = child
                 child.give((stage, folder, device))
             running = dict(children)
@@ -80,10 +82,10 @@ class LocalEngine:
                     receipt = child.receive(stage.name)
                     if receipt is not None:
                         yield receipt
-                    if pending:
-                        child.give(pending.pop())
-                    else:
-                        child.dismiss()
+                    block = pending.next_of(child.number)
+                    if block is not None:
+                        child.give(block)
+                    elif child.dismiss():
                         del running[child.connection]
             for child in children.values():
                 child.process.wait()
@@ -152,8 +154,25 @@ def device_names(found: int, visible: str | None, chosen: Sequence[int] | None) 
     return [tokens[i] for i in chosen]
 
 
+class _Pending:
+    """Blocks still to be given out, in order: one run for all workers, or one for each."""
+
+    def __init__(self, blocks: Sequence[Block], runs: int) -> None:
+        edges = [len(blocks) * i // runs for i in range(runs + 1)]
+        self.runs = [list(blocks[low:high]) for low, high in pairwise(edges)]
+
+    def next_of(self, worker: int) -> Block | None:
+        """The first block left of the worker's run; when that is done, the last of the longest."""
+        own = self.runs[worker % len(self.runs)]
+        if own:
+            return own.pop(0)
+        longest = max(self.runs, key=len)
+        return longest.pop() if longest else None
+
+
 class _Child:
-    def __init__(self, variables: dict[str, str]) -> None:
+    def __init__(self, number: int, variables: dict[str, str], threads: int) -> None:
+        self.number = number
         ours, theirs = socket.socketpair()
         lifeline_read, self.lifeline = os.pipe()  # closes when this process dies, however it dies
         descriptors = (theirs.fileno(), lifeline_read)
@@ -168,30 +187,32 @@ class _Child:
             )
         os.close(lifeline_read)
         self.connection = Connection(ours.detach())
-        self.block: Block | None = None
+        self.threads = threads  # of it that still ask for blocks
+        self.blocks: set[int] = set()  # in its hands
 
     def give(self, work: Block | tuple[Stage, Path, str]) -> None:
         """Hand over the stage, or the next block."""
-        self.block = work if isinstance(work, Block) else None
+        if isinstance(work, Block):
+            self.blocks.add(work.index)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(work)  # else `receive` meets the end of the stream, and says why
 
     def receive(self, stage: str) -> Receipt | None:
-        """The next message; None when the child is ready for its first block."""
+        """The next message; None when a thread of the child is ready for its first block."""
         try:
             kind, content = self.connection.recv()
         except (EOFError, ConnectionResetError):
             raise StageFailed(self._obituary(stage)) from None
         if kind == "failed":
-            reason, trace = content
+            block, reason, trace = content
             raise StageFailed(
-                f"{stage}: {self._work()} failed: {reason}\n"
+                f"{stage}: {_work([] if block is None else [block])} failed: {reason}\n"
                 f"Finished blocks are kept; the next `retro-data prepare` goes on from them.\n{trace}"
             )
-        return content  # type: ignore[no-any-return]
-
-    def _work(self) -> str:
-        return f"block {self.block.index}" if self.block is not None else "opening a worker"
+        receipt: Receipt | None = content
+        if receipt is not None:
+            self.blocks.remove(receipt.block)
+        return receipt
 
     def _obituary(self, stage: str) -> str:
         code = self.process.wait()
@@ -202,13 +223,16 @@ class _Child:
         else:
             cause = f"ended with exit code {code}"
         return (
-            f"{stage}: the worker process {self.process.pid} {cause} during {self._work()}. "
+            f"{stage}: the worker process {self.process.pid} {cause} during {_work(self.blocks)}. "
             "Finished blocks are kept; the next `retro-data prepare` goes on from them."
         )
 
-    def dismiss(self) -> None:
+    def dismiss(self) -> bool:
+        """End the thread that asks for a block. Returns whether it was the last."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(None)
+        self.threads -= 1
+        return not self.threads
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -218,6 +242,11 @@ class _Child:
         if self.lifeline >= 0:
             os.close(self.lifeline)
             self.lifeline = -1
+
+
+def _work(blocks: Iterable[int]) -> str:
+    names = " and ".join(map(str, sorted(blocks)))
+    return f"block {names}" if names else "opening a worker"
 
 
 def _has_descriptor(stream: Any) -> bool:

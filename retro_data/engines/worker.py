@@ -7,11 +7,11 @@ import os
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from retro_data.stage import Stage, make_block
+from retro_data.stage import Receipt, Stage, make_block
 
 
 def _die_with_parent(lifeline: int) -> None:
@@ -21,14 +21,38 @@ def _die_with_parent(lifeline: int) -> None:
 
 
 def _serve(connection: Connection, stage: Stage, folder: Path, device: str) -> None:
+    turn = threading.Lock()  # a message and its answer stay together
+    kind = device_kind(device)
+    count = stage.resources.threads_of_worker(device)
     with stage.open(device) as context:
-        answer: Any = None
-        while True:
-            connection.send(("done", answer))
-            block = connection.recv()
-            if block is None:
-                return
-            answer = make_block(stage, context, block, folder, device_kind(device))
+
+        def work() -> None:
+            receipt: Receipt | None = None
+            while True:
+                with turn:
+                    connection.send(("done", receipt))
+                    block = connection.recv()
+                if block is None:
+                    return
+                try:
+                    receipt = make_block(stage, context, block, folder, kind)
+                except BaseException as error:
+                    with turn:
+                        _fail(connection, error, block.index)
+
+        if count == 1:  # in the main thread, where signals arrive
+            work()
+        else:
+            with ThreadPoolExecutor(count) as pool:
+                for future in [pool.submit(work) for _ in range(count)]:
+                    future.result()
+
+
+def _fail(connection: Connection, error: BaseException, block: int | None) -> None:
+    """Tell the parent, which needs nothing else of this process, and end whatever else goes on."""
+    reason = f"{type(error).__name__}: {error}"
+    connection.send(("failed", (block, reason, traceback.format_exc())))
+    os._exit(1)
 
 
 def device_kind(device: str) -> str:
@@ -50,8 +74,7 @@ def main() -> None:
     except EOFError:
         return
     except BaseException as error:
-        connection.send(("failed", (f"{type(error).__name__}: {error}", traceback.format_exc())))
-        raise SystemExit(1) from error
+        _fail(connection, error, None)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ LEASE = "lease.json"  # also the beginning of what a lease is called while it is
 PARTS = "parts"  # blocks that `finish` lays into one file; deleted once the manifest stands
 TEMPORARY = ".tmp-"
 COPY_BYTES = 8 * 2**20
+MEND = "Run `retro-data prepare --verify` with the same settings: it makes just what is damaged again."
 
 
 # ---- keys ----------------------------------------------------------------------------------------
@@ -132,10 +133,30 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise RetroDataError(
-            f"{path} cannot be read as JSON ({error}). Remove its folder and run "
-            "`retro-data prepare` again to make the artifact anew."
-        ) from error
+        raise RetroDataError(f"{path} cannot be read as JSON ({error}). {MEND}") from error
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object that `read_record` takes only as it was written; the first one stays."""
+    write_json(path, {**value, "digest": _record_digest(value)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RetroDataError: its bytes are not those that were written.
+    """
+    value = read_json(path)
+    digest = value.pop("digest", None) if isinstance(value, dict) else None
+    if digest is None or digest != _record_digest(value):
+        raise RetroDataError(f"{path}: its bytes are not those that were written. {MEND}")
+    return cast(dict[str, Any], value)
+
+
+def _record_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_digest(path: Path, start: int = 0, count: int | None = None) -> str:
@@ -192,15 +213,11 @@ def open_array(path: Path) -> np.ndarray[Any, Any]:
         found = path.stat().st_size
     except (OSError, ValueError) as error:
         raise RetroDataError(
-            f"{path} is not a readable .npy file ({error}). "
-            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
-            "`retro-data prepare` again."
+            f"{path} is not a readable .npy file ({error}). {MEND}"
         ) from error
     if found != expected or fortran or dtype.hasobject:
         raise RetroDataError(
-            f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. "
-            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
-            "`retro-data prepare` again."
+            f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. {MEND}"
         )
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -253,9 +270,13 @@ def _copy(source: int, target: int, start: int, count: int) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact, None for an unfinished or missing one."""
+    """The manifest of a finished artifact, None for an unfinished or missing one.
+
+    Raises:
+        RetroDataError: its bytes are not those that were written.
+    """
     try:
-        return cast(dict[str, Any], read_json(folder / MANIFEST))
+        return read_record(folder / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -269,40 +290,6 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
     found["retro-data"] = __import__("retro_data").__version__
     return found
-
-
-def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files of a finished artifact, read back whole; empty if nothing is."""
-    wrong = []
-    for name, entry in manifest.get("arrays", {}).items():
-        wrong += _array_damage(folder / name, entry)
-    for name, entry in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.exists():
-            wrong.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{path}: found {path.stat().st_size} bytes, expected {entry['bytes']}")
-        elif file_digest(path) != entry["sha256"]:
-            wrong.append(f"{path}: its bytes are not those that were written")
-    return wrong
-
-
-def _array_damage(path: Path, entry: Mapping[str, Any]) -> list[str]:
-    try:
-        array = open_array(path)
-    except RetroDataError as error:
-        return [str(error)]
-    if array.dtype.str != entry["dtype"] or list(array.shape) != entry["shape"]:
-        return [f"{path}: found {array.dtype.str}{list(array.shape)}, expected {entry}"]
-    header = len(npy_header(array.dtype, array.shape))
-    row = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-    start = 0
-    for extent in entry.get("extents") or [{"rows": len(array), "sha256": entry["sha256"]}]:
-        count = extent["rows"]
-        if file_digest(path, header + start * row, count * row) != extent["sha256"]:
-            return [f"{path}: rows {start} to {start + count} are not those that were written"]
-        start += count
-    return []
 
 
 # ---- leases --------------------------------------------------------------------------------------
@@ -454,6 +441,17 @@ class Lease:
                     handle.write(self._content())
             except OSError as error:
                 log.warning("the lease %s could not be renewed: %s", self.path, error)
+
+
+def is_leased(folder: Path) -> bool:
+    """Whether somebody holds this artifact's lease, as far as one look can tell."""
+    try:
+        found = json.loads((folder / LEASE).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):  # just being written
+        return True
+    return not _is_dead_here(found)
 
 
 def _host() -> str:

@@ -206,6 +206,7 @@ class ChunkStage:
     version = 1
     resources = Resources(threads=1)
     unit = "documents"
+    tolerance = 0.0
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class EmbeddingStage:
     version = 1
     resources = Resources(gpu=True, threads=0)
     unit = "chunks"
+    tolerance = 0.05
 
     def __init__(
         self,

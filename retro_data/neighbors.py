@@ -100,6 +100,7 @@ class NeighborStage:
     name = "neighbors"
     version = 1
     unit = "chunks"
+    tolerance = 0.0
 
     def __init__(
         self,

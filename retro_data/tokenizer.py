@@ -255,6 +255,7 @@ class TokenizerStage:
     version = 1
     resources = Resources(threads=0)
     unit = "tokenizers"
+    tolerance = 0.0
 
     def __init__(
         self, settings: TokenizerSettings, corpora: Sequence[TrainingCorpus], salt: str

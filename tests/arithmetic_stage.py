@@ -45,6 +45,7 @@ class ArithmeticStage:
     name = "arithmetic"
     version = 1
     unit = "rows"
+    tolerance = 0.0
 
     def __init__(
         self,

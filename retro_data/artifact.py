@@ -37,7 +37,9 @@ LEASE = "lease.json"  # also the beginning of what a lease is called while it is
 PARTS = "parts"  # blocks that `finish` lays into one file; deleted once the manifest stands
 TEMPORARY = ".tmp-"
 COPY_BYTES = 8 * 2**20
-MEND = "Run `retro-data prepare --verify` with the same settings: it makes just what is damaged again."
+MEND = (
+    "Run `retro-data prepare --verify` with the same settings: it makes just what is damaged again."
+)
 
 
 # ---- keys ----------------------------------------------------------------------------------------
@@ -212,9 +214,7 @@ def open_array(path: Path) -> np.ndarray[Any, Any]:
         expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         found = path.stat().st_size
     except (OSError, ValueError) as error:
-        raise RetroDataError(
-            f"{path} is not a readable .npy file ({error}). {MEND}"
-        ) from error
+        raise RetroDataError(f"{path} is not a readable .npy file ({error}). {MEND}") from error
     if found != expected or fortran or dtype.hasobject:
         raise RetroDataError(
             f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. {MEND}"
@@ -347,12 +347,18 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease is still ours: called before anything is committed."""
-        if not self._is_ours():
+        if self._is_ours():
+            return
+        if self._read() is None:
             raise LeaseLost(
-                f"{self.path.parent} was taken over by {self._describe()} while this process stood "
-                "still. Nothing was committed here; run the command again to go on from the blocks "
-                "that are done."
+                f"{self.path.parent} was removed, or its file system is gone, while this process "
+                "worked on it. Run the command again when the root is there."
             )
+        raise LeaseLost(
+            f"{self.path.parent} was taken over by {self._describe()} while this process stood "
+            "still. Nothing was committed here; run the command again to go on from the blocks "
+            "that are done."
+        )
 
     def _content(self) -> bytes:
         return canonical_json(
@@ -377,8 +383,8 @@ class Lease:
         return found is not None and found.get("token") == self.token
 
     def _describe(self) -> str:
-        found = self._read()
-        return f"process {found.get('pid')} on {found.get('host')}" if found else "nobody"
+        found = self._read() or {}
+        return f"process {found.get('pid')} on {found.get('host')}"
 
     def _acquire(self) -> None:
         seen: Any = None

@@ -113,7 +113,9 @@ def reopen(folder: Path) -> list[Receipt]:
         known = []
     known.sort(key=lambda receipt: receipt.block)
     recovered = {name for names in _recovered(folder, known) for name in names}
-    whole = [r for r in known if all(_is_whole(folder, n, e, recovered) for n, e in r.files.items())]
+    whole = [
+        r for r in known if all(_is_whole(folder, n, e, recovered) for n, e in r.files.items())
+    ]
     receipts.replace_receipts(folder, whole)
     (folder / artifact.MANIFEST).unlink(missing_ok=True)
     log.warning("%s: %d of %d blocks are whole and kept", folder, len(whole), len(known))

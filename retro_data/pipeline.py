@@ -30,9 +30,9 @@ from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
 from retro_data.neighbors import NeighborSettings, NeighborStage
+from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
 from retro_data.splits import SplitSettings, split_of_documents
-from retro_data.receipts import read_plan, read_receipts
 from retro_data.stage import Engine, Stage, complete, stage_key
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
@@ -309,8 +309,7 @@ def _note_prepared(settings: Settings, done: Sequence[Step]) -> None:
     def keys(stage: str) -> dict[str, str]:
         return {step.corpus or "": step.key for step in done if step.stage.name == stage}
 
-    stages = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
-    note = {name: keys(name) for name in stages}
+    note = {name: keys(name) for name in store.STAGES}
     path = settings.prepared_path()
     if path.exists() and artifact.read_json(path) == note:
         return

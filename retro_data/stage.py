@@ -97,7 +97,7 @@ class BlockWriter:
 
     def _path(self, name: str) -> Path:
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: an artifact that was removed stays so
         return path
 
 
@@ -148,9 +148,7 @@ def tile(rows: int, block_rows: int) -> list[Block]:
 # ---- bringing a stage to its end -----------------------------------------------------------------
 
 
-def complete(
-    stage: Stage, folder: Path, engine: Engine, *, verify: bool = False
-) -> dict[str, Any]:
+def complete(stage: Stage, folder: Path, engine: Engine, *, verify: bool = False) -> dict[str, Any]:
     """Bring an artifact to its end, from whatever state it is in, and return its manifest.
 
     A finished artifact with files missing or of the wrong size is damaged: its whole blocks are

@@ -28,6 +28,7 @@ from retro_data.errors import RetroDataError
 
 Array = np.ndarray[Any, Any]
 
+STAGES = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
 # corpus
@@ -59,6 +60,11 @@ def folder_of(root: Path, stage: str, key: str, name: str | None = None) -> Path
 
 def prepared_path(root: Path, settings_key: str) -> Path:
     return root / "prepared" / f"{settings_key[:KEY_LETTERS]}.json"
+
+
+def prepared_notes(root: Path) -> list[Path]:
+    """Those of all configurations that were prepared under this root."""
+    return sorted((root / "prepared").glob("*.json"))
 
 
 def digests_path(root: Path, corpus: str) -> Path:

@@ -175,7 +175,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[int]]] = {
     "nothing": (lambda _: None, []),
     "a bit of the laid array": (lambda f: flip(f / SQUARES, row(34)), [3]),
     "its last rows": (lambda f: zero_tail(f / SQUARES), [9]),
-    "two of its blocks": (lambda f: (flip(f / SQUARES, row(0)), flip(f / SQUARES, row(94))), [0, 9]),
+    "two of its blocks": (
+        lambda f: (flip(f / SQUARES, row(0)), flip(f / SQUARES, row(94))),
+        [0, 9],
+    ),
     "the laid array is missing": (lambda f: (f / SQUARES).unlink(), ALL),
     "the laid array is cut": (lambda f: cut(f / SQUARES), ALL),
     "a file of a block is missing": (lambda f: (f / block_name(4)).unlink(), [4]),

@@ -155,7 +155,7 @@ def test_a_run_that_failed_in_finish_makes_no_block_again(folder: Path, diary: P
     with pytest.raises(OSError, match="no space"):
         complete(Unlucky(ROWS, diary), folder, InlineEngine())
     assert read_manifest(folder) is None
-    manifest = complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
+    complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
     assert len(blocks_made(diary)) == 10
     assert integrity.damage(folder, read=True) == []
 
@@ -231,7 +231,7 @@ def test_a_kill_at_any_write_leaves_what_a_resume_completes(tmp_path: Path):
         folder, diary = tmp_path / str(at), tmp_path / f"{at}.diary"
         done = [r.block for r in read_receipts(folder)]
         before = blocks_made(diary)
-        manifest = complete(ArithmeticStage(35, diary), folder, InlineEngine())
+        complete(ArithmeticStage(35, diary), folder, InlineEngine())
         again = blocks_made(diary)[len(before) :]
         assert again == [b for b in range(4) if b not in done]
         assert integrity.damage(folder, read=True) == []

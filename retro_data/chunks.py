@@ -203,7 +203,7 @@ class ChunkStage:
     """
 
     name = "chunks"
-    version = 1
+    version = 2
     resources = Resources(threads=1)
     unit = "documents"
     tolerance = 0.0

@@ -139,8 +139,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object that `read_record` takes only as it was written; the first one stays."""
-    write_json(path, {**value, "digest": _record_digest(value)})
+    """Write a JSON object that `read_record` takes only as it was written, under the same name."""
+    write_json(path, {**value, "digest": _record_digest(path.name, value)})
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -152,13 +152,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     value = read_json(path)
     digest = value.pop("digest", None) if isinstance(value, dict) else None
-    if digest is None or digest != _record_digest(value):
+    if digest is None or digest != _record_digest(path.name, value):
         raise RetroDataError(f"{path}: its bytes are not those that were written. {MEND}")
     return cast(dict[str, Any], value)
 
 
-def _record_digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+def _record_digest(name: str, value: Mapping[str, Any]) -> str:
+    """Of the file's name too: a plan in the place of a manifest is damage."""
+    return hashlib.sha256(canonical_json([name, value]).encode()).hexdigest()
 
 
 def file_digest(path: Path, start: int = 0, count: int | None = None) -> str:
@@ -349,15 +350,15 @@ class Lease:
         """Raise LeaseLost unless the lease is still ours: called before anything is committed."""
         if self._is_ours():
             return
-        if self._read() is None:
-            raise LeaseLost(
-                f"{self.path.parent} was removed, or its file system is gone, while this process "
-                "worked on it. Run the command again when the root is there."
-            )
+        if self._read() is not None:
+            what = f"was taken over by {self._describe()} while this process stood still"
+        elif (self.path.parent / MANIFEST).exists():
+            what = "was taken over and ended by another process while this one stood still"
+        else:
+            what = "was removed, or its file system is gone, while this process worked on it"
         raise LeaseLost(
-            f"{self.path.parent} was taken over by {self._describe()} while this process stood "
-            "still. Nothing was committed here; run the command again to go on from the blocks "
-            "that are done."
+            f"{self.path.parent} {what}. Nothing was committed here; run the command again to go on "
+            "from the blocks that are done."
         )
 
     def _content(self) -> bytes:

@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def damage(folder: Path, *, read: bool) -> list[str]:
+def damage(folder: Path, *, read: bool, key: str | None = None) -> list[str]:
     """What is wrong with the files of a finished artifact; empty if nothing is.
 
     Args:
         read: hold every byte against the digests; otherwise only names, sizes, dtypes and shapes.
+        key: that the artifact must have, where it is known.
     """
     try:
         manifest = artifact.read_manifest(folder)
@@ -43,6 +44,8 @@ def damage(folder: Path, *, read: bool) -> list[str]:
         return [str(error)]
     if manifest is None:
         return [f"{folder} is not finished: run `retro-data prepare`"]
+    if key is not None and manifest["key"] != key:
+        return [f"{folder}: its manifest belongs to key {manifest['key'][:16]}, not {key[:16]}"]
     wrong = []
     for name, entry in manifest.get("arrays", {}).items():
         wrong += _array_damage(folder / name, entry, read)

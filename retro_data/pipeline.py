@@ -286,7 +286,7 @@ def prepare(settings: Settings, engine: Engine | None = None, *, verify: bool = 
     engine = engine or LocalEngine(settings.engine)
     made, found = [], []
     for step in steps(settings, read_all=verify):
-        whole = not integrity.damage(step.folder, read=verify)
+        whole = not integrity.damage(step.folder, read=verify, key=step.key)
         if not whole:
             log.info("%s: preparing %s", step.title, step.folder)
         manifest = complete(step.stage, step.folder, engine, verify=verify and not whole)
@@ -434,7 +434,7 @@ def _status_of(step: Step) -> StageStatus:
         blocks = read_plan(step.folder)
         finished = artifact.read_manifest(step.folder) is not None
         state = "finished" if finished else "missing" if blocks is None else "partial"
-        if finished and integrity.damage(step.folder, read=False):
+        if finished and integrity.damage(step.folder, read=False, key=step.key):
             state = "damaged"
     except RetroDataError:
         blocks, state = None, "damaged"
@@ -460,7 +460,7 @@ def verify(
     found = {}
     parents_whole = True
     for step in steps(settings, read_all=True):
-        wrong = integrity.damage(step.folder, read=True)
+        wrong = integrity.damage(step.folder, read=True, key=step.key)
         parents_whole &= not wrong
         if recompute and parents_whole:  # what is made from damaged parents proves nothing
             wrong = integrity.recompute(step.stage, step.folder, engine, recompute)

@@ -164,7 +164,7 @@ def complete(stage: Stage, folder: Path, engine: Engine, *, verify: bool = False
         RetroDataError: what a block raised, a lease that was lost meanwhile, or damage that cannot
             be mended because the folder is read-only.
     """
-    if not store.is_finished(folder) or _damage(folder, verify):
+    if not store.is_finished(folder) or _damage(stage, folder, verify):
         _finish(stage, folder, engine, verify)
     manifest = artifact.read_manifest(folder)
     assert manifest is not None
@@ -174,8 +174,8 @@ def complete(stage: Stage, folder: Path, engine: Engine, *, verify: bool = False
     return manifest
 
 
-def _damage(folder: Path, verify: bool) -> list[str]:
-    wrong = integrity.damage(folder, read=verify)
+def _damage(stage: Stage, folder: Path, verify: bool) -> list[str]:
+    wrong = integrity.damage(folder, read=verify, key=stage_key(stage))
     if wrong and not os.access(folder, os.W_OK):
         raise RetroDataError(
             f"{folder} is damaged and cannot be written to: {'; '.join(wrong)}. Run `retro-data "
@@ -195,7 +195,7 @@ def _finish(stage: Stage, folder: Path, engine: Engine, verify: bool) -> None:
             return
         damaged: list[Receipt] = []
         if store.is_finished(folder):  # just before, or it is damaged: another may have mended it
-            if not _damage(folder, verify):
+            if not _damage(stage, folder, verify):
                 return
             damaged = integrity.reopen(folder)
         try:

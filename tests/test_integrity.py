@@ -53,6 +53,12 @@ def swap(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
+def replace_record(path: Path, **changes: Any) -> None:
+    record = {**artifact.read_record(path), **changes}
+    path.unlink()
+    artifact.write_record(path, record)
+
+
 HARMS: dict[str, Callable[[Path], Any]] = {
     "truncated": cut,
     "bit flipped": flip,
@@ -192,6 +198,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[int]]] = {
         [6],
     ),
     "a bit of the manifest": (lambda f: flip(f / "manifest.json", 40), []),
+    "plan and manifest swapped": (
+        lambda f: swap(f / "manifest.json", f / "plan.json"),
+        list(range(14)),  # the plan is lost: of a new tiling
+    ),
+    "the manifest of another": (
+        lambda f: replace_record(f / "manifest.json", key="of another"),
+        [],
+    ),
     "the manifest is cut": (lambda f: cut(f / "manifest.json"), []),
     "the receipts are missing and a bit": (
         lambda f: ((f / "receipts.jsonl").unlink(), flip(f / block_name(4))),

@@ -99,7 +99,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         path: the final name. Its folder must exist.
         replace: overwrite an existing file; by default the first file of a name stays.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{_process()}-{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as handle:
             yield handle
@@ -112,6 +112,19 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what processes of this host that were killed had begun to write in a folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        host, _, process = path.name.removeprefix(TEMPORARY).rpartition("-")[0].partition("-")
+        if host == _process().partition("-")[0] and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _process() -> str:
+    """This process in the name of a file: a digest of its host, and its number."""
+    return f"{hashlib.sha256(_host().encode()).hexdigest()[:8]}-{os.getpid()}"
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -138,9 +151,9 @@ def read_json(path: Path) -> Any:
         raise RetroDataError(f"{path} cannot be read as JSON ({error}). {MEND}") from error
 
 
-def write_record(path: Path, value: Mapping[str, Any]) -> None:
+def write_record(path: Path, value: Mapping[str, Any], *, replace: bool = False) -> None:
     """Write a JSON object that `read_record` takes only as it was written, under the same name."""
-    write_json(path, {**value, "digest": _record_digest(path.name, value)})
+    write_json(path, {**value, "digest": _record_digest(path.name, value)}, replace=replace)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -392,13 +405,7 @@ class Lease:
         since = time.monotonic()
         told = False
         while True:
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                pass
-            else:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(self._content())
+            if self._create():
                 self.held = True
                 return
             found = self._read()
@@ -416,6 +423,25 @@ class Lease:
                 log.warning("waiting for %s: %s works on it", self.path.parent, self._describe())
                 told = True
             time.sleep(min(self.beat_seconds, 1.0))
+
+    def _create(self) -> bool:
+        """Make the file, unless there is one; it has its content from the first moment on."""
+        temporary = self.path.with_name(f"{TEMPORARY}{_process()}-{self.token}")
+        temporary.write_bytes(self._content())
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._content())
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
 
     def _take_over(self, stale: dict[str, Any]) -> None:
         """Move the stale lease aside; put it back if it came alive between the look and the move."""
@@ -474,10 +500,14 @@ def _is_dead_here(found: Mapping[str, Any]) -> bool:
     """Whether the holder was a process of this very host that no longer exists."""
     if found.get("host") != _host() or not isinstance(found.get("pid"), int):
         return False
+    return not _is_alive(found["pid"])
+
+
+def _is_alive(process: int) -> bool:
     try:
-        os.kill(found["pid"], 0)
+        os.kill(process, 0)
     except ProcessLookupError:
-        return True
-    except PermissionError:
         return False
-    return False
+    except PermissionError:
+        return True
+    return True

@@ -75,7 +75,7 @@ def _artifacts(root: Path) -> Iterator[Path]:
 
 
 def _folders_of_note(root: Path, note: Path) -> Iterator[Path]:
-    for stage, keys in artifact.read_json(note).items():
+    for stage, keys in artifact.read_record(note).items():
         for corpus, key in keys.items():
             yield store.folder_of(root, stage, key, corpus or None)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retro_data import artifact, receipts, store
-from retro_data.artifact import file_digest
+from retro_data.artifact import Lease, file_digest
 from retro_data.errors import RetroDataError
 from retro_data.receipts import Receipt
 
@@ -101,17 +101,20 @@ def _rows_digest(path: Path, array: np.ndarray[Any, Any], start: int, count: int
 # ---- repair --------------------------------------------------------------------------------------
 
 
-def reopen(folder: Path) -> list[Receipt]:
+def reopen(folder: Path, key: str, lease: Lease) -> list[Receipt]:
     """Turn a damaged artifact into an unfinished one that keeps every block that is whole.
 
     The rows of laid arrays that still match their receipts become parts again. The manifest goes
-    last, so that a kill before leaves a damaged artifact, and a kill after an unfinished one. For
-    the caller who holds the lease. Returns the receipts of the blocks that are not whole.
+    last, so that a kill before leaves a damaged artifact, and a kill after an unfinished one.
+
+    Returns:
+        Receipts of the blocks that are not whole.
     """
     try:
-        known = receipts.read_receipts(folder) if receipts.read_plan(folder) else []
+        known = receipts.read_receipts(folder) if receipts.read_plan(folder, key) else []
     except RetroDataError as error:
         log.warning("%s; all of its blocks are made again", error)
+        lease.check()
         (folder / artifact.PLAN).unlink()
         known = []
     known.sort(key=lambda receipt: receipt.block)
@@ -119,7 +122,9 @@ def reopen(folder: Path) -> list[Receipt]:
     whole = [
         r for r in known if all(_is_whole(folder, n, e, recovered) for n, e in r.files.items())
     ]
+    lease.check()
     receipts.replace_receipts(folder, whole)
+    lease.check()
     (folder / artifact.MANIFEST).unlink(missing_ok=True)
     log.warning("%s: %d of %d blocks are whole and kept", folder, len(whole), len(known))
     return [receipt for receipt in known if receipt not in whole]

@@ -311,10 +311,12 @@ def _note_prepared(settings: Settings, done: Sequence[Step]) -> None:
 
     note = {name: keys(name) for name in store.STAGES}
     path = settings.prepared_path()
-    if path.exists() and artifact.read_json(path) == note:
-        return
+    artifact.remove_temporaries(path.parent)
+    with contextlib.suppress(FileNotFoundError, RetroDataError):  # a damaged note is written anew
+        if artifact.read_record(path) == note:
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(path, note, replace=True)
+    artifact.write_record(path, note, replace=True)
 
 
 def check(settings: Settings) -> None:
@@ -336,7 +338,7 @@ def _read_note(settings: Settings) -> dict[str, dict[str, str]]:
             f"{settings.root} holds no data prepared with these settings. Run `retro-data prepare` "
             "with the same settings first, or set prepare=auto."
         )
-    return cast(dict[str, dict[str, str]], artifact.read_json(path))
+    return artifact.read_record(path)
 
 
 # ---- opening -------------------------------------------------------------------------------------

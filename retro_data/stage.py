@@ -197,7 +197,7 @@ def _finish(stage: Stage, folder: Path, engine: Engine, verify: bool) -> None:
         if store.is_finished(folder):  # just before, or it is damaged: another may have mended it
             if not _damage(stage, folder, verify):
                 return
-            damaged = integrity.reopen(folder)
+            damaged = integrity.reopen(folder, stage_key(stage), lease)
         try:
             _complete_under_lease(stage, folder, engine, lease)
         except Exception:
@@ -210,7 +210,7 @@ def _complete_under_lease(stage: Stage, folder: Path, engine: Engine, lease: Lea
     began = time.time()
     blocks = _planned_blocks(stage, folder)
     receipts = {receipt.block: receipt for receipt in read_receipts(folder)}
-    _remove_unproven(folder, receipts.values())
+    _remove_unproven(folder, receipts.values(), lease)
     receipts = {b: r for b, r in receipts.items() if all((folder / f).exists() for f in r.files)}
     missing = [block for block in blocks if block.index not in receipts]
     if receipts:
@@ -251,13 +251,17 @@ def _remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_unproven(folder: Path, receipts: Iterable[Receipt]) -> None:
-    """Remove what a run that was killed left without a receipt: it proves nothing."""
+def _remove_unproven(folder: Path, receipts: Iterable[Receipt], lease: Lease) -> None:
+    """Remove what a run that was killed left without a receipt: it proves nothing.
+
+    A process that was frozen here and wakes must not remove what another has finished meanwhile.
+    """
     proven = {name for receipt in receipts for name in receipt.files}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         kept = name in proven or name in (artifact.PLAN, artifact.RECEIPTS)
         if not kept and not name.startswith(artifact.LEASE) and not path.is_dir():
+            lease.check()
             path.unlink(missing_ok=True)
 
 
@@ -285,6 +289,7 @@ def _make_missing(
     total = sum(block.stop - block.start for block in blocks)
     extents = {block.index: block.stop - block.start for block in blocks}
     done = total - sum(extents[block.index] for block in missing)
+    lease.check()  # opening the journal cuts off its torn end
     with (
         open_journal(folder) as journal,
         Progress(stage.name, total, stage.unit, done) as progress,

@@ -37,6 +37,9 @@ LEASE = "lease.json"  # also the beginning of what a lease is called while it is
 PARTS = "parts"  # blocks that `finish` lays into one file; deleted once the manifest stands
 TEMPORARY = ".tmp-"
 COPY_BYTES = 8 * 2**20
+MEND = (
+    "Run `retro-data prepare --verify` with the same settings: it makes just what is damaged again."
+)
 
 
 # ---- keys ----------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         path: the final name. Its folder must exist.
         replace: overwrite an existing file; by default the first file of a name stays.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{_process()}-{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as handle:
             yield handle
@@ -109,6 +112,19 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what processes of this host that were killed had begun to write in a folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        host, _, process = path.name.removeprefix(TEMPORARY).rpartition("-")[0].partition("-")
+        if host == _process().partition("-")[0] and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _process() -> str:
+    """This process in the name of a file: a digest of its host, and its number."""
+    return f"{hashlib.sha256(_host().encode()).hexdigest()[:8]}-{os.getpid()}"
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -132,10 +148,31 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise RetroDataError(
-            f"{path} cannot be read as JSON ({error}). Remove its folder and run "
-            "`retro-data prepare` again to make the artifact anew."
-        ) from error
+        raise RetroDataError(f"{path} cannot be read as JSON ({error}). {MEND}") from error
+
+
+def write_record(path: Path, value: Mapping[str, Any], *, replace: bool = False) -> None:
+    """Write a JSON object that `read_record` takes only as it was written, under the same name."""
+    write_json(path, {**value, "digest": _record_digest(path.name, value)}, replace=replace)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RetroDataError: its bytes are not those that were written.
+    """
+    value = read_json(path)
+    digest = value.pop("digest", None) if isinstance(value, dict) else None
+    if digest is None or digest != _record_digest(path.name, value):
+        raise RetroDataError(f"{path}: its bytes are not those that were written. {MEND}")
+    return cast(dict[str, Any], value)
+
+
+def _record_digest(name: str, value: Mapping[str, Any]) -> str:
+    """Of the file's name too: a plan in the place of a manifest is damage."""
+    return hashlib.sha256(canonical_json([name, value]).encode()).hexdigest()
 
 
 def file_digest(path: Path, start: int = 0, count: int | None = None) -> str:
@@ -191,16 +228,10 @@ def open_array(path: Path) -> np.ndarray[Any, Any]:
         expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         found = path.stat().st_size
     except (OSError, ValueError) as error:
-        raise RetroDataError(
-            f"{path} is not a readable .npy file ({error}). "
-            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
-            "`retro-data prepare` again."
-        ) from error
+        raise RetroDataError(f"{path} is not a readable .npy file ({error}). {MEND}") from error
     if found != expected or fortran or dtype.hasobject:
         raise RetroDataError(
-            f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. "
-            f"`retro-data verify` lists what is damaged. Remove {path.parent} and run "
-            "`retro-data prepare` again."
+            f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. {MEND}"
         )
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -253,9 +284,13 @@ def _copy(source: int, target: int, start: int, count: int) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact, None for an unfinished or missing one."""
+    """The manifest of a finished artifact, None for an unfinished or missing one.
+
+    Raises:
+        RetroDataError: its bytes are not those that were written.
+    """
     try:
-        return cast(dict[str, Any], read_json(folder / MANIFEST))
+        return read_record(folder / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -269,40 +304,6 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
     found["retro-data"] = __import__("retro_data").__version__
     return found
-
-
-def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files of a finished artifact, read back whole; empty if nothing is."""
-    wrong = []
-    for name, entry in manifest.get("arrays", {}).items():
-        wrong += _array_damage(folder / name, entry)
-    for name, entry in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.exists():
-            wrong.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{path}: found {path.stat().st_size} bytes, expected {entry['bytes']}")
-        elif file_digest(path) != entry["sha256"]:
-            wrong.append(f"{path}: its bytes are not those that were written")
-    return wrong
-
-
-def _array_damage(path: Path, entry: Mapping[str, Any]) -> list[str]:
-    try:
-        array = open_array(path)
-    except RetroDataError as error:
-        return [str(error)]
-    if array.dtype.str != entry["dtype"] or list(array.shape) != entry["shape"]:
-        return [f"{path}: found {array.dtype.str}{list(array.shape)}, expected {entry}"]
-    header = len(npy_header(array.dtype, array.shape))
-    row = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-    start = 0
-    for extent in entry.get("extents") or [{"rows": len(array), "sha256": entry["sha256"]}]:
-        count = extent["rows"]
-        if file_digest(path, header + start * row, count * row) != extent["sha256"]:
-            return [f"{path}: rows {start} to {start + count} are not those that were written"]
-        start += count
-    return []
 
 
 # ---- leases --------------------------------------------------------------------------------------
@@ -360,12 +361,18 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease is still ours: called before anything is committed."""
-        if not self._is_ours():
-            raise LeaseLost(
-                f"{self.path.parent} was taken over by {self._describe()} while this process stood "
-                "still. Nothing was committed here; run the command again to go on from the blocks "
-                "that are done."
-            )
+        if self._is_ours():
+            return
+        if self._read() is not None:
+            what = f"was taken over by {self._describe()} while this process stood still"
+        elif (self.path.parent / MANIFEST).exists():
+            what = "was taken over and ended by another process while this one stood still"
+        else:
+            what = "was removed, or its file system is gone, while this process worked on it"
+        raise LeaseLost(
+            f"{self.path.parent} {what}. Nothing was committed here; run the command again to go on "
+            "from the blocks that are done."
+        )
 
     def _content(self) -> bytes:
         return canonical_json(
@@ -390,21 +397,15 @@ class Lease:
         return found is not None and found.get("token") == self.token
 
     def _describe(self) -> str:
-        found = self._read()
-        return f"process {found.get('pid')} on {found.get('host')}" if found else "nobody"
+        found = self._read() or {}
+        return f"process {found.get('pid')} on {found.get('host')}"
 
     def _acquire(self) -> None:
         seen: Any = None
         since = time.monotonic()
         told = False
         while True:
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                pass
-            else:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(self._content())
+            if self._create():
                 self.held = True
                 return
             found = self._read()
@@ -422,6 +423,25 @@ class Lease:
                 log.warning("waiting for %s: %s works on it", self.path.parent, self._describe())
                 told = True
             time.sleep(min(self.beat_seconds, 1.0))
+
+    def _create(self) -> bool:
+        """Make the file, unless there is one; it has its content from the first moment on."""
+        temporary = self.path.with_name(f"{TEMPORARY}{_process()}-{self.token}")
+        temporary.write_bytes(self._content())
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._content())
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
 
     def _take_over(self, stale: dict[str, Any]) -> None:
         """Move the stale lease aside; put it back if it came alive between the look and the move."""
@@ -456,6 +476,17 @@ class Lease:
                 log.warning("the lease %s could not be renewed: %s", self.path, error)
 
 
+def is_leased(folder: Path) -> bool:
+    """Whether somebody holds this artifact's lease, as far as one look can tell."""
+    try:
+        found = json.loads((folder / LEASE).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):  # just being written
+        return True
+    return not _is_dead_here(found)
+
+
 def _host() -> str:
     """This host and process namespace: containers that share a host name share no process ids."""
     namespace = boot = ""
@@ -469,10 +500,14 @@ def _is_dead_here(found: Mapping[str, Any]) -> bool:
     """Whether the holder was a process of this very host that no longer exists."""
     if found.get("host") != _host() or not isinstance(found.get("pid"), int):
         return False
+    return not _is_alive(found["pid"])
+
+
+def _is_alive(process: int) -> bool:
     try:
-        os.kill(found["pid"], 0)
+        os.kill(process, 0)
     except ProcessLookupError:
-        return True
-    except PermissionError:
         return False
-    return False
+    except PermissionError:
+        return True
+    return True

@@ -203,9 +203,10 @@ class ChunkStage:
     """
 
     name = "chunks"
-    version = 1
+    version = 2
     resources = Resources(threads=1)
     unit = "documents"
+    tolerance = 0.0
 
     def __init__(
         self,

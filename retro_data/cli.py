@@ -1,6 +1,7 @@
 """`retro-data`: prepare, look, verify and inspect from a shell, by Hydra overrides.
 
-retro-data prepare data.root=data/wiki data.corpus.path=wiki.jsonl.zst data/embedder=minilm
+retro-data plan    data.root=data/wiki data.corpus.path=wiki.jsonl.zst data/embedder=minilm
+retro-data prepare …same overrides…
 retro-data status  …same overrides…
 """
 
@@ -8,38 +9,52 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from retro_data.errors import RetroDataError
 
 if TYPE_CHECKING:
     from retro_data.datamodule import RetroDataModule
 
+KEPT = "Finished blocks are kept: the same command goes on from them."
 COMMANDS = {
-    "prepare": "build what is missing of every artifact",
+    "plan": "say what preparing will cost, from a sample: chunks, bytes, memory, time",
+    "prepare": "build what is missing of every artifact, and mend what is damaged",
     "status": "list every artifact: state, blocks done, size, key",
     "verify": "read every finished artifact back and hold it against its digests",
+    "clean": "list what no configuration leads to any more; --yes removes it",
     "inspect": "show one sequence beside its neighbors, as text",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a refusal or damage found."""
+    """Run a command; returns the exit code: 0, 1 for a refusal or damage found, 130 for Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
     level = logging.DEBUG if options.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "faiss", "autofaiss", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        signal.signal(signal.SIGTERM, _end)
         datamodule = _datamodule(options)
         return int(globals()[f"_{options.command}"](datamodule, options))
     except RetroDataError as error:
         print(f"retro-data {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"retro-data {options.command}: interrupted. {KEPT}", file=sys.stderr)
+        return 130
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """On SIGTERM, as of a scheduler: leave by way of every `finally`, so that no lease stays."""
+    print(f"retro-data: ended by {signal.Signals(number).name}. {KEPT}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the data group")
     parser.add_argument("--config-dir", help="folder of your own configuration")
     parser.add_argument("--config-name", default="cli", help="your configuration, with a `data`")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="prepare: read all that is there, mend what is damaged",
+    )
+    parser.add_argument(
+        "--recompute",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="verify: make this share of the blocks again and compare, e.g. 0.01",
+    )
+    parser.add_argument("--yes", action="store_true", help="clean: remove what is listed")
+    parser.add_argument(
+        "--others", action="store_true", help="clean: also what other configurations use"
+    )
     parser.add_argument("--split", default="train", help="inspect: train, val or test")
     parser.add_argument("--index", type=int, default=0, help="inspect: which sequence")
     parser.add_argument("--verbose", action="store_true")
@@ -82,8 +113,40 @@ def _datamodule(options: argparse.Namespace) -> RetroDataModule:
         raise RetroDataError(str(cause if isinstance(cause, RetroDataError) else error)) from error
 
 
+def _plan(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+    from retro_data.plan import plan
+
+    if not options.verbose:
+        logging.getLogger("retro_data").setLevel(logging.WARNING)  # of the sample's own stages
+    found = plan(datamodule.settings())
+    print(
+        f"{found.documents:,} documents, {_size(found.text_bytes)} of text, {found.tokens:,} tokens, "
+        f"{found.chunks:,} chunks (from a sample of {_size(found.sampled_bytes)}); neighbors by "
+        f"{found.search}{f': {found.factory}' if found.factory else ''}\n"
+    )
+    print(f"{'artifact':28} {'rows':>15} {'size':>10} {'memory':>10} {'time':>10}  time is")
+    for row in found.stages:
+        figures = f"{row.rows:15,} {_size(row.bytes):>10} {_size(row.memory):>10}"
+        print(f"{row.title:28} {figures} {_duration(row.seconds):>10}  {row.how}")
+    size, seconds = sum(r.bytes for r in found.stages), sum(r.seconds for r in found.stages)
+    print(f"{'together':28} {'':15} {_size(size):>10} {'':10} {_duration(seconds):>10}")
+    print(
+        f"\nat the peak {_size(found.disk_peak)} on disk, {_size(found.disk_free)} free; "
+        f"{_size(found.memory_free)} of memory free"
+    )
+    refusals = found.refusals()
+    for line in refusals:
+        print(line)
+    return 1 if refusals else 0
+
+
 def _prepare(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
-    datamodule.prepare_data()
+    from retro_data import pipeline
+
+    if options.verify:
+        pipeline.prepare(datamodule.settings(), verify=True)
+    else:
+        datamodule.prepare_data()
     return 0
 
 
@@ -100,16 +163,45 @@ def _status(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
 
 def _verify(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
     from retro_data import pipeline
+    from retro_data.artifact import MEND
 
     damaged = 0
-    for title, wrong in pipeline.verify(datamodule.settings()).items():
+    for title, wrong in pipeline.verify(datamodule.settings(), options.recompute).items():
         print(f"{title}: {'whole' if not wrong else ''}")
         for line in wrong:
             damaged += 1
             print(f"  {line}")
     if damaged:
-        print("Remove the folders of damaged artifacts and run `retro-data prepare` again.")
+        print(MEND)
     return 1 if damaged else 0
+
+
+def _clean(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+    from retro_data import clean
+
+    found = clean.removable(datamodule.settings(), others=options.others)
+    for item in found:
+        print(f"{_size(item.bytes):>10}  {item.path}  ({item.reason})")
+    total = _size(sum(item.bytes for item in found))
+    if options.yes:
+        clean.remove(found)
+        print(f"{total} freed")
+    else:
+        print(f"{total} would be freed: run again with --yes to remove {len(found)} items")
+    return 0
+
+
+def _size(count: float) -> str:
+    """Bytes in powers of 1,000: 3.1 GB."""
+    power = min(max(0, (len(str(round(count))) - 1) // 3), 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _inspect(datamodule: RetroDataModule, options: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ class DatabaseStage:
     version = 1
     resources = Resources(light=True)
     unit = "stores"
+    tolerance = 0.0
 
     def __init__(
         self, settings: DatabaseSettings, splits: SplitSettings, stores: Sequence[StoreOfDatabase]

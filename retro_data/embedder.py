@@ -8,6 +8,7 @@ time, here over the chunk's real tokens without the encoder's specials.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -101,6 +102,12 @@ def embedder_identity(settings: EmbedderSettings, folder: Path) -> dict[str, Any
     """What decides a text's vector: weights, config and tokenizer by digest, and the settings."""
     files = [*_weights(folder), *CONFIG_FILES, *TOKENIZER_FILES]
     return {**key_fields(settings), "files": folder_digests(folder, files)}
+
+
+def embedder_dim(folder: Path) -> int:
+    """d, the width of an encoder's vectors, without loading it."""
+    config = json.loads((folder / CONFIG_FILES[0]).read_bytes())
+    return int(config["hidden_size"])
 
 
 class Ragged(NamedTuple):

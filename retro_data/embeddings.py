@@ -56,6 +56,7 @@ class EmbeddingStage:
     # While the files of one block are written, the GPU makes the next.
     resources = Resources(gpu=True, threads=0, blocks_at_once=2)
     unit = "chunks"
+    tolerance = 0.05
 
     def __init__(
         self,

@@ -121,6 +121,7 @@ class IndexStage:
     name = "index"
     version = 1
     unit = "chunks"
+    tolerance = 0.0
 
     def __init__(self, settings: IndexSettings, metric: str, database: DatabasePlace) -> None:
         if metric not in METRICS:

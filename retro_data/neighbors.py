@@ -102,6 +102,7 @@ class NeighborStage:
     name = "neighbors"
     version = 2
     unit = "chunks"
+    tolerance = 0.0
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from retro_data import artifact, store
+from retro_data import artifact, integrity, store
 from retro_data.artifact import canonical_json
 from retro_data.chunks import ChunkSettings, ChunkStage
 from retro_data.corpus import CorpusSettings, open_reader
@@ -30,9 +30,10 @@ from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
 from retro_data.neighbors import NeighborSettings, NeighborStage
+from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
 from retro_data.splits import SplitSettings, split_of_documents
-from retro_data.stage import Engine, Stage, complete, read_receipts, stage_key
+from retro_data.stage import Engine, Stage, complete, stage_key
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
 
@@ -248,7 +249,7 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
     )
     search = settings.neighbors.search
     if search == "auto":
-        if artifact.read_manifest(database.folder) is None:
+        if not store.is_finished(database.folder):
             return
         search = settings.neighbors.resolve(place.rows)
     index = None
@@ -274,20 +275,22 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
 # ---- preparing -----------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, engine: Engine | None = None) -> None:
-    """Build what is missing, reuse what is there, and note where training finds it.
+def prepare(settings: Settings, engine: Engine | None = None, *, verify: bool = False) -> None:
+    """Build what is missing, mend what is damaged, reuse what is there, and note where it is.
 
     Args:
         engine: where blocks are made; child processes by `settings.engine` where None.
+        verify: read everything that is there and hold it against its digests; otherwise only
+            missing files and wrong sizes are seen.
     """
     engine = engine or LocalEngine(settings.engine)
     made, found = [], []
-    for step in steps(settings):
-        finished = artifact.read_manifest(step.folder) is not None
-        if not finished:
+    for step in steps(settings, read_all=verify):
+        whole = not integrity.damage(step.folder, read=verify, key=step.key)
+        if not whole:
             log.info("%s: preparing %s", step.title, step.folder)
-        manifest = complete(step.stage, step.folder, engine)
-        if not finished:
+        manifest = complete(step.stage, step.folder, engine, verify=verify and not whole)
+        if not whole:
             seconds = manifest["wall_seconds_of_last_run"]
             log.info("%s: %s rows in %.1f s", step.title, manifest.get("rows"), seconds)
             made.append(step)
@@ -306,13 +309,14 @@ def _note_prepared(settings: Settings, done: Sequence[Step]) -> None:
     def keys(stage: str) -> dict[str, str]:
         return {step.corpus or "": step.key for step in done if step.stage.name == stage}
 
-    stages = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
-    note = {name: keys(name) for name in stages}
+    note = {name: keys(name) for name in store.STAGES}
     path = settings.prepared_path()
-    if path.exists() and artifact.read_json(path) == note:
-        return
+    artifact.remove_temporaries(path.parent)
+    with contextlib.suppress(FileNotFoundError, RetroDataError):  # a damaged note is written anew
+        if artifact.read_record(path) == note:
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(path, note, replace=True)
+    artifact.write_record(path, note, replace=True)
 
 
 def check(settings: Settings) -> None:
@@ -334,7 +338,7 @@ def _read_note(settings: Settings) -> dict[str, dict[str, str]]:
             f"{settings.root} holds no data prepared with these settings. Run `retro-data prepare` "
             "with the same settings first, or set prepare=auto."
         )
-    return cast(dict[str, dict[str, str]], artifact.read_json(path))
+    return artifact.read_record(path)
 
 
 # ---- opening -------------------------------------------------------------------------------------
@@ -411,7 +415,7 @@ class StageStatus:
     title: str
     key: str
     folder: Path
-    state: str  # finished | partial | missing
+    state: str  # finished | partial | missing | damaged
     blocks_done: int
     blocks: int | None  # None before the plan is made
     bytes: int
@@ -423,32 +427,44 @@ def status(settings: Settings) -> list[StageStatus]:
 
 
 def _status_of(step: Step) -> StageStatus:
-    manifest = artifact.read_manifest(step.folder)
     size = 0
     for path in list(step.folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # a part, while another process works here
             size += path.stat().st_size if path.is_file() else 0
-    if manifest is not None:
-        blocks = manifest["blocks"]
-        return StageStatus(step.title, step.key, step.folder, "finished", blocks, blocks, size)
-    planned = (step.folder / artifact.PLAN).exists()
-    blocks = len(artifact.read_json(step.folder / artifact.PLAN)["blocks"]) if planned else None
     done = len(read_receipts(step.folder))
-    state = "partial" if planned else "missing"
-    return StageStatus(step.title, step.key, step.folder, state, done, blocks, size)
+    try:
+        blocks = read_plan(step.folder)
+        finished = artifact.read_manifest(step.folder) is not None
+        state = "finished" if finished else "missing" if blocks is None else "partial"
+        if finished and integrity.damage(step.folder, read=False, key=step.key):
+            state = "damaged"
+    except RetroDataError:
+        blocks, state = None, "damaged"
+    count = None if blocks is None else len(blocks)
+    return StageStatus(step.title, step.key, step.folder, state, done, count, size)
 
 
-def verify(settings: Settings) -> dict[str, list[str]]:
+def verify(
+    settings: Settings, recompute: float = 0.0, engine: Engine | None = None
+) -> dict[str, list[str]]:
     """Read the corpora and every file of every finished artifact, and hold them against digests.
+
+    Args:
+        recompute: share of the blocks of each whole artifact to make again, aside, and compare.
+        engine: where they are made; child processes by `settings.engine` where None.
 
     Returns:
         Title of each artifact to what is wrong with it: an empty list where nothing is.
     """
+    if not 0 <= recompute <= 1:
+        raise RetroDataError(f"recompute={recompute}: expected a share of the blocks, 0 to 1.")
+    engine = engine or LocalEngine(settings.engine)
     found = {}
+    parents_whole = True
     for step in steps(settings, read_all=True):
-        manifest = artifact.read_manifest(step.folder)
-        if manifest is None:
-            found[step.title] = [f"{step.folder} is not finished: run `retro-data prepare`"]
-        else:
-            found[step.title] = artifact.damage(step.folder, manifest)
+        wrong = integrity.damage(step.folder, read=True, key=step.key)
+        parents_whole &= not wrong
+        if recompute and parents_whole:  # what is made from damaged parents proves nothing
+            wrong = integrity.recompute(step.stage, step.folder, engine, recompute)
+        found[step.title] = wrong
     return found

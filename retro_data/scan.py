@@ -160,6 +160,7 @@ class CorpusStage:
     version = 1
     resources = Resources(threads=1)
     unit = "bytes"
+    tolerance = 0.0
 
     def __init__(self, settings: CorpusSettings, files: Sequence[DigestedFile]) -> None:
         self.settings = settings

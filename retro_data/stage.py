@@ -8,23 +8,30 @@ first block, a receipt after each block, the manifest last.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from retro_data import artifact, store
+from retro_data import artifact, integrity, store
 from retro_data.artifact import Lease, artifact_key
 from retro_data.errors import RetroDataError
 from retro_data.progress import Progress
+from retro_data.receipts import (
+    Block,
+    Receipt,
+    append_receipt,
+    open_journal,
+    read_plan,
+    read_receipts,
+    write_plan,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,29 +60,6 @@ class Resources:
     def threads_of_worker(self, device: str) -> int:
         """Threads of a worker on this device that make blocks: it is given as many at once."""
         return self.blocks_at_once if device.startswith("cuda") else 1
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows [start, stop) of a stage's work; `extra` is JSON that only the stage reads."""
-
-    index: int
-    start: int
-    stop: int
-    extra: Any = None
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that a block is done: file name -> what it holds (rows, bytes, digest)."""
-
-    block: int
-    rows: int
-    files: dict[str, dict[str, Any]]
-    counts: dict[str, int]  # add up over blocks
-    notes: dict[str, Any]  # say something of this block alone
-    seconds: float
-    device: str
 
 
 @dataclass
@@ -122,7 +106,7 @@ class BlockWriter:
 
     def _path(self, name: str) -> Path:
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: an artifact that was removed stays so
         return path
 
 
@@ -133,6 +117,7 @@ class Stage(Protocol):
     version: int
     resources: Resources
     unit: str  # of its rows, for the progress bar
+    tolerance: float  # of a vector's length, by which it may differ when made again; 0: to the byte
 
     def key_fields(self) -> dict[str, Any]: ...
     def parents(self) -> dict[str, str]: ...
@@ -172,44 +157,69 @@ def tile(rows: int, block_rows: int) -> list[Block]:
 # ---- bringing a stage to its end -----------------------------------------------------------------
 
 
-def complete(stage: Stage, folder: Path, engine: Engine) -> dict[str, Any]:
+def complete(stage: Stage, folder: Path, engine: Engine, *, verify: bool = False) -> dict[str, Any]:
     """Bring an artifact to its end, from whatever state it is in, and return its manifest.
+
+    A finished artifact with files missing or of the wrong size is damaged: its whole blocks are
+    kept, the others are made again.
 
     Args:
         stage: what to make; its parents must be finished.
         folder: of the artifact; made when missing.
         engine: where the missing blocks are made.
+        verify: hold every byte of a finished artifact against its digest.
 
     Raises:
-        RetroDataError: what a block raised, or a lease that was lost meanwhile.
+        RetroDataError: what a block raised, a lease that was lost meanwhile, or damage that cannot
+            be mended because the folder is read-only.
     """
+    if not store.is_finished(folder) or _damage(stage, folder, verify):
+        _finish(stage, folder, engine, verify)
     manifest = artifact.read_manifest(folder)
-    if manifest is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with Lease(folder, give_up=lambda: artifact.read_manifest(folder) is not None) as lease:
-            if lease.held:
-                manifest = artifact.read_manifest(folder)  # perhaps finished just before
-            if lease.held and manifest is None:
-                try:
-                    manifest = _complete_under_lease(stage, folder, engine, lease)
-                except Exception:
-                    lease.check()  # whoever took over also removed files under our hands
-                    raise
-        if manifest is None:  # another process finished it while we waited
-            manifest = artifact.read_manifest(folder)
-            assert manifest is not None
-    with contextlib.suppress(OSError):  # a read-only root keeps them: they harm nobody
-        _remove_leftovers(folder)
+    assert manifest is not None
+    if not artifact.is_leased(folder):  # else somebody mends it just now
+        with contextlib.suppress(OSError):  # a read-only root keeps them: they harm nobody
+            _remove_leftovers(folder, manifest)
     return manifest
 
 
-def _complete_under_lease(
-    stage: Stage, folder: Path, engine: Engine, lease: Lease
-) -> dict[str, Any]:
+def _damage(stage: Stage, folder: Path, verify: bool) -> list[str]:
+    wrong = integrity.damage(folder, read=verify, key=stage_key(stage))
+    if wrong and not os.access(folder, os.W_OK):
+        raise RetroDataError(
+            f"{folder} is damaged and cannot be written to: {'; '.join(wrong)}. Run `retro-data "
+            "prepare --verify` as a user who may write there."
+        )
+    for line in wrong:
+        log.warning("%s", line)
+    return wrong
+
+
+def _finish(stage: Stage, folder: Path, engine: Engine, verify: bool) -> None:
+    """Take the lease and end what is not ended; another process may end it while we wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    was_finished = store.is_finished(folder)
+    with Lease(folder, give_up=lambda: not was_finished and store.is_finished(folder)) as lease:
+        if not lease.held:
+            return
+        damaged: list[Receipt] = []
+        if store.is_finished(folder):  # just before, or it is damaged: another may have mended it
+            if not _damage(stage, folder, verify):
+                return
+            damaged = integrity.reopen(folder, stage_key(stage), lease)
+        try:
+            _complete_under_lease(stage, folder, engine, lease)
+        except Exception:
+            lease.check()  # whoever took over also removed files under our hands
+            raise
+        integrity.tell_changes(folder, damaged)
+
+
+def _complete_under_lease(stage: Stage, folder: Path, engine: Engine, lease: Lease) -> None:
     began = time.time()
     blocks = _planned_blocks(stage, folder)
     receipts = {receipt.block: receipt for receipt in read_receipts(folder)}
-    _remove_unproven(folder, receipts.values())
+    _remove_unproven(folder, receipts.values(), lease)
     receipts = {b: r for b, r in receipts.items() if all((folder / f).exists() for f in r.files)}
     missing = [block for block in blocks if block.index not in receipts]
     if receipts:
@@ -231,55 +241,47 @@ def _complete_under_lease(
         **result,
     }
     lease.check()
-    artifact.write_json(folder / artifact.MANIFEST, manifest)
-    return manifest
+    artifact.write_record(folder / artifact.MANIFEST, manifest)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a finished artifact needs no more, or a kill just after its manifest left."""
-    if (folder / artifact.PARTS).exists():
-        shutil.rmtree(folder / artifact.PARTS)
+def _remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove what a finished artifact needs no more, or a kill just after its manifest left.
+
+    Parts that were not laid into an array as they are stay: a repair cannot cut them out again.
+    """
+    laid = manifest.get("arrays", {})
+    for path in (folder / artifact.PARTS).glob("*"):
+        if store.kind_of_part(path.name) in laid:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or some stay
+        (folder / artifact.PARTS).rmdir()
     for pattern in (f"{artifact.TEMPORARY}*", f"{artifact.LEASE}*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def _remove_unproven(folder: Path, receipts: Iterable[Receipt]) -> None:
-    """Remove what a run that was killed left without a receipt: it proves nothing."""
+def _remove_unproven(folder: Path, receipts: Iterable[Receipt], lease: Lease) -> None:
+    """Remove what a run that was killed left without a receipt: it proves nothing.
+
+    A process that was frozen here and wakes must not remove what another has finished meanwhile.
+    """
     proven = {name for receipt in receipts for name in receipt.files}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         kept = name in proven or name in (artifact.PLAN, artifact.RECEIPTS)
         if not kept and not name.startswith(artifact.LEASE) and not path.is_dir():
+            lease.check()
             path.unlink(missing_ok=True)
 
 
 def _planned_blocks(stage: Stage, folder: Path) -> list[Block]:
-    """The tiling of plan.json where there is one: a resume keeps it, whatever the settings say now."""
-    path = folder / artifact.PLAN
-    if not path.exists():
-        plan = {"key": stage_key(stage), "blocks": [asdict(block) for block in stage.blocks()]}
-        artifact.write_json(path, plan)
-    plan = artifact.read_json(path)
-    if plan["key"] != stage_key(stage):
-        raise RetroDataError(
-            f"{path} belongs to key {plan['key'][:16]}, this stage has {stage_key(stage)[:16]}: "
-            f"remove {folder} and run `retro-data prepare` again."
-        )
-    return [Block(**block) for block in plan["blocks"]]
-
-
-def read_receipts(folder: Path) -> list[Receipt]:
-    """Receipts kept so far; a last line torn by a kill counts as not written."""
-    path = folder / artifact.RECEIPTS
-    if not path.exists():
-        return []
-    receipts = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            with contextlib.suppress(ValueError, TypeError):
-                receipts.append(Receipt(**json.loads(line)))
-    return receipts
+    """The tiling of the plan where there is one: a resume keeps it, whatever the settings say now."""
+    key = stage_key(stage)
+    if read_plan(folder, key) is None:
+        write_plan(folder, key, stage.blocks())
+    blocks = read_plan(folder, key)
+    assert blocks is not None
+    return blocks
 
 
 def _make_missing(
@@ -296,33 +298,20 @@ def _make_missing(
     total = sum(block.stop - block.start for block in blocks)
     extents = {block.index: block.stop - block.start for block in blocks}
     done = total - sum(extents[block.index] for block in missing)
+    lease.check()  # opening the journal cuts off its torn end
     with (
-        _open_receipts(folder / artifact.RECEIPTS) as journal,
+        open_journal(folder) as journal,
         Progress(stage.name, total, stage.unit, done) as progress,
         contextlib.closing(engine.run(stage, folder, missing)) as made,
     ):
         for receipt in made:
             lease.check()
-            journal.write((json.dumps(asdict(receipt)) + "\n").encode())
-            journal.flush()
-            os.fsync(journal.fileno())
+            append_receipt(journal, receipt)
             receipts[receipt.block] = receipt
             progress.advance(extents[receipt.block])
     lost = [block.index for block in missing if block.index not in receipts]
     if lost:
         raise RetroDataError(f"{stage.name}: the engine ended without making blocks {lost[:10]}")
-
-
-@contextlib.contextmanager
-def _open_receipts(path: Path) -> Iterator[BinaryIO]:
-    """The journal opened for appending, after the last whole line."""
-    with open(path, "ab+") as handle:
-        handle.seek(0)
-        content = handle.read()
-        whole = content.rfind(b"\n") + 1
-        handle.truncate(whole)
-        handle.seek(0, os.SEEK_END)
-        yield handle
 
 
 # ---- what most stages' `finish` says -------------------------------------------------------------

@@ -28,6 +28,7 @@ from retro_data.errors import RetroDataError
 
 Array = np.ndarray[Any, Any]
 
+STAGES = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
 # corpus
@@ -61,6 +62,11 @@ def prepared_path(root: Path, settings_key: str) -> Path:
     return root / "prepared" / f"{settings_key[:KEY_LETTERS]}.json"
 
 
+def prepared_notes(root: Path) -> list[Path]:
+    """Those of all configurations that were prepared under this root."""
+    return sorted((root / "prepared").glob("*.json"))
+
+
 def digests_path(root: Path, corpus: str) -> Path:
     return root / "corpus" / f"{corpus}.digests.tsv"
 
@@ -82,6 +88,16 @@ def part_name(block: int, kind: str) -> str:
     return f"{artifact.PARTS}/{block:05d}.{kind}"
 
 
+def kind_of_part(name: str) -> str:
+    """The array's file name in the name of a part."""
+    return name.split(".", 1)[1]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the artifact has a manifest, damaged or not."""
+    return (folder / artifact.MANIFEST).exists()
+
+
 def finished(folder: Path, command: str = "retro-data prepare") -> dict[str, Any]:
     """The manifest of an artifact that must be finished."""
     manifest = artifact.read_manifest(folder)
@@ -97,7 +113,7 @@ def _open(folder: Path, name: str, manifest: dict[str, Any]) -> Array:
     if array.dtype.str != entry["dtype"] or list(array.shape) != entry["shape"]:
         raise RetroDataError(
             f"{folder / name} holds {array.dtype.str}{list(array.shape)}, its manifest says "
-            f"{entry['dtype']}{entry['shape']}. Remove {folder} and run `retro-data prepare` again."
+            f"{entry['dtype']}{entry['shape']}. {artifact.MEND}"
         )
     return array
 

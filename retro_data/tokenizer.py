@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 END_OF_TEXT = "<|endoftext|>"
+NEVER_CHOSEN = 1000.0  # below the worst score of a Unigram piece, in nats
 SMALL_VOCABULARY, LARGE_VOCABULARY = 4096, 16384
 SMALL_CORPUS_BYTES = 32 * 2**20  # of text: a demo; below it the small vocabulary
 VOCABULARY_FILES = (
@@ -177,13 +178,31 @@ class LmTokenizer:
 
 
 def load_backend(description: str) -> Any:
+    """The `tokenizers.Tokenizer`: no truncation, no padding, special text taken as plain text."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(description)
+    backend = Tokenizer.from_str(_without_special_pieces(description))
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "[SEP]" in a document is text, never a boundary
+    backend.encode_special_tokens = True  # "[SEP]" in a document is never a boundary
     return backend
+
+
+def _without_special_pieces(description: str) -> str:
+    """A Unigram model (XLM-R, T5) that never chooses a special token for text.
+
+    Its specials are pieces of its vocabulary like any other, with the best of scores.
+    """
+    if '"Unigram"' not in description:
+        return description
+    parts = json.loads(description)
+    if parts["model"]["type"] != "Unigram":
+        return description
+    specials = {token["content"] for token in parts["added_tokens"] if token["special"]}
+    pieces = parts["model"]["vocab"]
+    worst = min(score for _, score in pieces) - NEVER_CHOSEN
+    parts["model"]["vocab"] = [[p, worst if p in specials else score] for p, score in pieces]
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def token_pieces(backend: Any, vocab_size: int) -> list[bytes] | None:
@@ -255,6 +274,7 @@ class TokenizerStage:
     version = 1
     resources = Resources(threads=0)
     unit = "tokenizers"
+    tolerance = 0.0
 
     def __init__(
         self, settings: TokenizerSettings, corpora: Sequence[TrainingCorpus], salt: str

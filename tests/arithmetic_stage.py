@@ -53,6 +53,7 @@ class ArithmeticStage:
     name = "arithmetic"
     version = 1
     unit = "rows"
+    tolerance = 0.0
 
     def __init__(
         self,

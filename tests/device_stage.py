@@ -18,6 +18,7 @@ class DeviceStage:
     version = 1
     resources = Resources(gpu=True)
     unit = "rows"
+    tolerance = 0.0
 
     def key_fields(self) -> dict[str, Any]:
         return {}

@@ -122,6 +122,17 @@ def test_an_exception_while_replacing_keeps_the_old_file(tmp_path: Path):
     assert names(tmp_path) == ["file.json"]
 
 
+def test_a_record_is_read_only_as_it_was_written(tmp_path: Path):
+    path, value = tmp_path / "record.json", {"rows": 10, "name": "words"}
+    artifact.write_record(path, value)
+    assert artifact.read_record(path) == value
+    written = path.read_bytes()
+    for harmed in (written.replace(b"10", b"11"), b"[]", b"{}", written[:-3]):
+        path.write_bytes(harmed)
+        with pytest.raises(RetroDataError, match=r"record\.json.*retro-data prepare"):
+            artifact.read_record(path)
+
+
 def test_json_that_cannot_be_read_names_the_file_and_the_command(tmp_path: Path):
     (tmp_path / "manifest.json").write_bytes(b'{"key": ')
     with pytest.raises(RetroDataError, match=r"manifest\.json.*retro-data prepare"):
@@ -269,93 +280,12 @@ def test_a_part_that_is_too_short_leaves_no_array(tmp_path: Path):
     assert names(tmp_path) == ["array.npy"]
 
 
-# ---- damage --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def whole(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """An artifact of an array in two extents, another array, and a file of another kind."""
-    first, second = np.arange(20, dtype=np.float16).reshape(10, 2), np.arange(7, dtype=np.int64)
-    artifact.save_array(tmp_path / "first.npy", first)
-    artifact.save_array(tmp_path / "second.npy", second)
-    (tmp_path / "index.bin").write_bytes(b"faiss")
-    extents = [
-        {"rows": 4, "sha256": artifact.array_digest(first[:4])},
-        {"rows": 6, "sha256": artifact.array_digest(first[4:])},
-    ]
-    digest = artifact.file_digest(tmp_path / "index.bin")
-    manifest = {
-        "arrays": {
-            "first.npy": {"dtype": "<f2", "shape": [10, 2], "extents": extents},
-            "second.npy": {
-                "dtype": "<i8",
-                "shape": [7],
-                "sha256": artifact.array_digest(second),
-            },
-        },
-        "files": {"index.bin": {"bytes": 5, "sha256": digest}},
-    }
-    return tmp_path, manifest
-
-
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-def zero_tail(path: Path) -> None:
-    """What a kill leaves of a file that was given its full size first."""
-    size = path.stat().st_size
-    os.truncate(path, size - 8)
-    os.truncate(path, size)
-
-
-def test_nothing_is_wrong_with_a_whole_artifact(whole: tuple[Path, dict[str, Any]]):
-    assert artifact.damage(*whole) == []
-
-
-@pytest.mark.parametrize("name", ["first.npy", "second.npy", "index.bin"])
-@pytest.mark.parametrize(
-    "harm",
-    [lambda path: cut(path, 1), lambda path: flip(path, -1), extend, os.unlink],
-    ids=["truncated", "bit flipped", "extended", "missing"],
-)
-def test_a_damaged_file_is_named(
-    whole: tuple[Path, dict[str, Any]], name: str, harm: Callable[[Path], Any]
-):
-    harm(whole[0] / name)
-    (found,) = artifact.damage(*whole)
-    assert name in found
-
-
-def test_the_damaged_rows_are_named(whole: tuple[Path, dict[str, Any]]):
-    zero_tail(whole[0] / "first.npy")
-    (found,) = artifact.damage(*whole)
-    assert "rows 4 to 10" in found
-
-
-def test_swapped_files_are_both_named(whole: tuple[Path, dict[str, Any]]):
-    folder, manifest = whole
-    artifact.save_array(folder / "third.npy", np.arange(7, dtype=np.int64)[::-1])
-    entry = {"dtype": "<i8", "shape": [7]}
-    digest = artifact.array_digest(np.arange(7, dtype=np.int64)[::-1])
-    manifest["arrays"]["third.npy"] = {**entry, "sha256": digest}
-    assert artifact.damage(folder, manifest) == []
-    os.rename(folder / "third.npy", folder / "aside")
-    os.rename(folder / "second.npy", folder / "third.npy")
-    os.rename(folder / "aside", folder / "second.npy")
-    found = " ".join(artifact.damage(folder, manifest))
-    assert "second.npy" in found
-    assert "third.npy" in found
-
-
 # ---- leases --------------------------------------------------------------------------------------
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from retro_data.artifact import Lease, LeaseLost, write_json
+from retro_data.artifact import Lease, LeaseLost, write_record
 folder = Path(sys.argv[1])
 with Lease(folder, beat_seconds=0.05) as lease:
     print("holds", flush=True)
@@ -363,7 +293,7 @@ with Lease(folder, beat_seconds=0.05) as lease:
         time.sleep(0.02)
     try:
         lease.check()
-        write_json(folder / "manifest.json", {"key": "child"})
+        write_record(folder / "manifest.json", {"key": "child"})
         print("committed", flush=True)
     except LeaseLost as error:
         print("lost", error, flush=True)

@@ -70,6 +70,56 @@ def test_verify_finds_a_flipped_bit(
     assert main(["verify", *overrides]) == 0
 
 
+def test_prepare_mends_what_verify_finds(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(overrides[0].split("=")[1])
+    assert main(["prepare", *overrides]) == 0
+    (path,) = root.glob("neighbors/*/ids.npy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(["verify", *overrides]) == 1
+    assert "retro-data prepare --verify" in capsys.readouterr().out
+    assert main(["prepare", "--verify", *overrides]) == 0
+    assert path.read_bytes() == whole
+    assert main(["verify", "--recompute", "0.01", *overrides]) == 0
+    assert capsys.readouterr().out.count("whole") == 6
+    assert main(["verify", "--recompute", "2", *overrides]) == 1
+    assert "expected a share" in capsys.readouterr().err
+
+
+def test_clean_shows_before_it_removes(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", *overrides]) == 0
+    fewer = [*overrides, "data.neighbors.num_stored=3"]
+    assert main(["prepare", *fewer]) == 0
+    root = Path(overrides[0].split("=")[1])
+    assert len(list(root.glob("neighbors/*"))) == 2
+    assert main(["clean", *overrides]) == 0
+    assert "0 B would be freed" in capsys.readouterr().out
+    assert main(["clean", "--others", *overrides]) == 0
+    listed = capsys.readouterr().out
+    assert "of another configuration" in listed
+    assert len(list(root.glob("neighbors/*"))) == 2
+    assert main(["clean", "--others", "--yes", *overrides]) == 0
+    assert "freed" in capsys.readouterr().out
+    assert len(list(root.glob("neighbors/*"))) == 1
+
+
+def test_a_plan_that_will_not_do_is_refused(
+    overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retro_data import plan
+
+    monkeypatch.setattr(plan, "_free_memory", lambda: 2**20)
+    assert main(["plan", *overrides]) == 1
+    table = capsys.readouterr().out
+    for stage in ("corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors"):
+        assert f"\n{stage} " in table
+    assert "1M are free" in table
+
+
 def test_a_refusal_is_one_message_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "data.corpus.path=/nowhere", "data.root=/tmp/never"]) == 1
     error = capsys.readouterr().err

@@ -204,10 +204,10 @@ def test_threads_are_shared_among_the_workers():
     cores = len(os.sched_getaffinity(0))
     for workers in (1, cores, 2 * cores):
         stage = ArithmeticStage(1000, Path("unused"))
-        places = local(workers)._places(stage, 100)
+        places = local(workers).places(stage, 100)
         assert len(places) == workers
         assert {v["OMP_NUM_THREADS"] for _, v in places} == {str(max(1, cores // workers))}
-    assert len(local(0)._places(ArithmeticStage(1000, Path("unused")), 100)) == cores
+    assert len(local(0).places(ArithmeticStage(1000, Path("unused")), 100)) == cores
 
 
 def test_a_childs_environment_can_be_told_more():

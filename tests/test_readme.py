@@ -129,5 +129,16 @@ def test_names_in_the_readme_exist() -> None:
         yaml.safe_load(path.read_text())
 
 
+def test_every_promise_names_a_test_that_exists() -> None:
+    table = section("## What you can rely on")
+    names = re.findall(r"`(test_\w+)\.(test_\w+)`", table)
+    assert len(names) > 20
+    for module, name in names:
+        (path,) = Path(__file__).parent.rglob(f"{module}.py")
+        assert f"def {name}(" in path.read_text("utf-8"), f"{module}.{name}"
+    for row in table.strip().splitlines()[2:]:
+        assert "`test_" in row, row
+
+
 def _indent(code: str) -> str:
     return "".join(f"    {line}\n" for line in code.splitlines())

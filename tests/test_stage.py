@@ -19,7 +19,7 @@ from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, blocks_made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_data import artifact, stage
+from retro_data import artifact, integrity, stage
 from retro_data.artifact import LeaseLost, open_array, read_manifest
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
@@ -74,7 +74,7 @@ def test_an_artifact_is_made_block_by_block_and_told_in_its_manifest(folder: Pat
     assert (manifest["blocks"], manifest["rows"], manifest["devices"]) == (10, ROWS, ["cpu"])
     assert manifest["figures"] == {"squares": ROWS}
     assert [e["rows"] for e in manifest["arrays"][SQUARES]["extents"]] == [10] * 9 + [5]
-    assert artifact.damage(folder, manifest) == []
+    assert integrity.damage(folder, read=True) == []
     assert sorted(p.name for p in folder.iterdir()) == [
         *("manifest.json", "plan.json", "receipts.jsonl", SQUARES)
     ]
@@ -155,9 +155,9 @@ def test_a_run_that_failed_in_finish_makes_no_block_again(folder: Path, diary: P
     with pytest.raises(OSError, match="no space"):
         complete(Unlucky(ROWS, diary), folder, InlineEngine())
     assert read_manifest(folder) is None
-    manifest = complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
+    complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
     assert len(blocks_made(diary)) == 10
-    assert artifact.damage(folder, manifest) == []
+    assert integrity.damage(folder, read=True) == []
 
 
 def test_parts_left_by_a_kill_after_the_manifest_are_removed_later(folder: Path, diary: Path):
@@ -231,10 +231,10 @@ def test_a_kill_at_any_write_leaves_what_a_resume_completes(tmp_path: Path):
         folder, diary = tmp_path / str(at), tmp_path / f"{at}.diary"
         done = [r.block for r in read_receipts(folder)]
         before = blocks_made(diary)
-        manifest = complete(ArithmeticStage(35, diary), folder, InlineEngine())
+        complete(ArithmeticStage(35, diary), folder, InlineEngine())
         again = blocks_made(diary)[len(before) :]
         assert again == [b for b in range(4) if b not in done]
-        assert artifact.damage(folder, manifest) == []
+        assert integrity.damage(folder, read=True) == []
         assert squares(folder) == EXPECTED[:35]
         assert {p.name for p in folder.iterdir()} == {
             *("manifest.json", "plan.json", "receipts.jsonl", SQUARES)
@@ -280,7 +280,7 @@ def test_a_frozen_process_is_followed_and_wakes_to_no_harm(
     assert child.returncode == 1
     assert LeaseLost.__name__ in said
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before} == before
-    assert artifact.damage(folder, read_manifest(folder) or {}) == []
+    assert integrity.damage(folder, read=True) == []
     assert squares(folder) == EXPECTED
 
 

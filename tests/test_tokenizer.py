@@ -343,6 +343,21 @@ def test_a_named_tokenizer_goes_by_its_bytes(
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_a_unigram_model_chooses_no_special_for_text() -> None:
+    """As XLM-R and T5 have them: specials among the pieces, with the best score."""
+    letters = [(letter, -3.0) for letter in "▁abc</>s"]
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters, ("▁ab", -1.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    again = load_backend(backend.to_str())
+    found = again.encode("ab </s> c<s>", add_special_tokens=False)
+    assert not {"<s>", "</s>", "<unk>"} & set(found.tokens)
+    assert "".join(found.tokens) == "▁ab▁</s>▁c<s>"
+    assert again.encode("abz").tokens == [*("▁ab", "z")]  # unknown text stays unknown
+    assert again.encode("abz").ids[-1] == 2
+
+
 def test_loading_from_a_file_keeps_special_text_plain(trained: LmTokenizer) -> None:
     again = load_backend((trained.folder / tokenizer.store.TOKENIZER).read_text("utf-8"))
     assert again.encode(SPECIAL_TEXT).ids == ids_of(trained, SPECIAL_TEXT)

@@ -67,7 +67,7 @@ class LocalEngine:
         if stage.resources.light:
             yield from InlineEngine().run(stage, folder, missing)
             return
-        places = self._places(stage, len(missing))
+        places = self.places(stage, len(missing))
         children: dict[Connection, _Child] = {}
         pending = _Pending(missing, len(places) if stage.resources.in_runs else 1)
         try:
@@ -93,8 +93,8 @@ class LocalEngine:
             for child in children.values():
                 child.stop()
 
-    def _places(self, stage: Stage, blocks: int) -> list[tuple[str, dict[str, str]]]:
-        """(device, environment) of each worker to start."""
+    def places(self, stage: Stage, blocks: int) -> list[tuple[str, dict[str, str]]]:
+        """(device, environment) of each worker that `run` starts for so many blocks."""
         devices = visible_devices(self.settings.devices) if stage.resources.gpu else []
         if devices:
             return [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]

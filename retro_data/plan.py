@@ -1,0 +1,513 @@
+"""What a configuration will cost, before anything is computed: chunks, bytes, memory, time.
+
+    a few MB of documents ─► corpus, tokenizer, chunks (the stages themselves, in a folder aside)
+                          ─► a few blocks of embeddings, a small exact search: rates of this machine
+    × the size of the corpus ─► rows, bytes, memory and time of every stage
+
+Sizes follow from the sample; where a stage's time cannot be measured on a sample (the index), it is
+computed from the rate of products measured here, and marked so. Nothing is written below the root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from retro_data import tokenizer as lm
+from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open_reader
+from retro_data.embedder import embedder_dim, embedder_folder
+from retro_data.embeddings import EmbeddingStage
+from retro_data.engines import LocalEngine
+from retro_data.errors import RetroDataError
+from retro_data.exact import Search, Vectors
+from retro_data.index import ADD_BYTES
+from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
+from retro_data.pipeline import Settings, Step, steps
+from retro_data.scan import SCAN_BYTES
+from retro_data.splits import SPLITS, split_of_documents
+from retro_data.stage import Engine, complete
+from retro_data.store import ChunkStore
+
+SAMPLE_BYTES = 8 * 2**20  # of text, spread over the corpora
+READ_SECONDS = 5.0  # of reading a corpus to take it from
+SAMPLE_FILES = 64  # most files of a corpus that it is taken from
+MEASURE_SECONDS = 6.0  # of embedding, after what it takes to start
+MEASURE_CHUNKS = 256  # of one block of embeddings while measuring
+SEARCH_ROWS = {"cpu": (1024, 16_384), "cuda": (16_384, 262_144)}  # queries and rows
+KMEANS_ROUNDS = 10  # of faiss
+PROBED_LISTS = 32  # of an inverted file, a guess: nprobe is found when the index is built
+SCAN_BYTES_A_DOCUMENT = 57  # that a scan keeps of each document of one block
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+TABLE_BYTES_A_DOCUMENT = 64  # that opening a chunk store or a database takes
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One line of `retro-data plan`. `how` says where its time comes from."""
+
+    title: str
+    rows: int
+    bytes: int
+    peak_bytes: int  # while it is made: parts lie beside the array that they are laid into
+    memory: int  # of all its workers
+    seconds: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration will cost.
+
+    Attributes:
+        sampled_bytes: text that the figures are drawn from.
+        search: "exact" or "index"; factory: of the index, if one is built.
+        disk_peak: most bytes below the root at any time.
+        disk_free, memory_free: what this machine has.
+    """
+
+    documents: int
+    text_bytes: int
+    tokens: int
+    chunks: int
+    dim: int
+    sampled_bytes: int
+    search: str
+    factory: str | None
+    stages: tuple[StagePlan, ...]
+    disk_peak: int
+    disk_free: int
+    memory_free: int
+
+    def refusals(self) -> list[str]:
+        """Why this will not do on this machine, with the numbers; empty if it will."""
+        found = []
+        if self.disk_peak > self.disk_free:
+            found.append(
+                f"disk: {format_memory(self.disk_peak)} are needed at the peak, "
+                f"{format_memory(self.disk_free)} are free. Set root to a larger file system"
+                f", or lower neighbors.num_stored."
+            )
+        for stage in self.stages:
+            if stage.memory > self.memory_free:
+                found.append(
+                    f"memory: {stage.title} needs {format_memory(stage.memory)}, "
+                    f"{format_memory(self.memory_free)} are free. Lower engine.workers"
+                    f"{', index.max_index_memory' if stage.title == 'index' else ''}"
+                    f"{', neighbors.memory' if stage.title.startswith('neighbors') else ''}."
+                )
+        return found
+
+
+def plan(settings: Settings, engine: LocalEngine | None = None) -> Plan:
+    """Measure a sample on this machine and reckon with the whole corpora.
+
+    Args:
+        engine: where the sample's blocks are made; child processes by `settings.engine` where None.
+
+    Raises:
+        RetroDataError: the corpora or models cannot be read, or no index fits its budget.
+    """
+    engine = engine or LocalEngine(settings.engine)
+    readers = {c.name: open_reader(c) for c in settings.corpora}
+    with tempfile.TemporaryDirectory(prefix="retro-data-plan-") as aside:
+        shares = {
+            name: _sample(reader, SAMPLE_BYTES // len(readers), Path(aside) / f"sample-{name}")
+            for name, reader in readers.items()
+        }
+        measured = _Measured(_of_sample(settings, shares, Path(aside)), engine)
+        return _Reckoning(settings, engine, shares, measured).plan()
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A sample of a corpus, and what it stands for."""
+
+    text_bytes: int  # of the sample
+    documents: int  # of the corpus
+    scale: float  # the text of the corpus, in samples
+    largest_block: float  # share of the corpus that one block of a scan reads
+    path: Path
+
+
+class _Meter:
+    """Counts the stored bytes that are read from a reader's files."""
+
+    def __init__(self, reader: Any) -> None:
+        self.bytes = 0
+        self._open = reader._tree.open
+        reader._tree.open = self._metered
+
+    def _metered(self, name: str) -> BinaryIO:
+        meter, file = self, self._open(name)
+
+        class Metered:
+            def read(self, size: int = -1) -> bytes:
+                data: bytes = file.read(size)
+                meter.bytes += len(data)
+                return data
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+        return cast(BinaryIO, Metered())
+
+
+class _Spread:
+    """Documents taken evenly from all that pass by, about `text_bytes` of them."""
+
+    def __init__(self, text_bytes: int) -> None:
+        self.most = text_bytes
+        self.kept: list[tuple[Document, int]] = []
+        self.kept_bytes = self.seen = self.seen_bytes = 0
+        self.stride = 1
+
+    def add(self, document: Document) -> None:
+        size = len(document.text.encode())
+        if self.seen % self.stride == 0:
+            self.kept.append((document, size))
+            self.kept_bytes += size
+        self.seen += 1
+        self.seen_bytes += size
+        if self.kept_bytes > 2 * self.most and len(self.kept) > 1:
+            self.kept, self.stride = self.kept[::2], 2 * self.stride
+            self.kept_bytes = sum(size for _, size in self.kept)
+
+
+def _sample(reader: Reader, text_bytes: int, path: Path) -> _Share:
+    """Write a sample as JSON lines: of files spread over the corpus, as far as they are soon read."""
+    files = reader.files()
+    chosen = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(SAMPLE_FILES, len(files)))]
+    meter = _Meter(reader) if hasattr(reader, "_tree") else None
+    spread, stored = _Spread(text_bytes), 0
+    for file in chosen:
+        seen, until = spread.seen_bytes, time.monotonic() + READ_SECONDS / len(chosen)
+        if meter:
+            meter.bytes = 0
+        is_whole = True
+        for document in _documents(reader, file):
+            spread.add(document)
+            if time.monotonic() > until:
+                is_whole = False
+                break
+        read = meter.bytes if meter and meter.bytes else spread.seen_bytes - seen
+        stored += file.bytes if is_whole else min(file.bytes, read)
+    if not spread.kept:
+        raise RetroDataError(
+            f"corpus {reader.settings.name!r}: no document in a sample of {len(chosen)} files. Check "
+            "corpus.path, corpus.format and corpus.text_field; `retro-data prepare` lists what is "
+            "skipped and why."
+        )
+    with path.open("w", encoding="utf-8") as lines:
+        for document, _ in spread.kept:
+            lines.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
+    total = sum(file.bytes for file in files)
+    read_share = min(1.0, stored / max(1, total))
+    return _Share(
+        text_bytes=spread.kept_bytes,
+        documents=round(spread.seen / read_share),
+        scale=spread.seen_bytes / max(1, spread.kept_bytes) / read_share,
+        largest_block=min(1.0, max(SCAN_BYTES, *(file.bytes for file in files)) / max(1, total)),
+        path=path,
+    )
+
+
+def _documents(reader: Reader, file: SourceFile) -> Iterator[Document]:
+    return (record for record in reader.records(file.name) if isinstance(record, Document))
+
+
+def _of_sample(settings: Settings, shares: dict[str, _Share], aside: Path) -> Settings:
+    """The same configuration, of the sample."""
+    corpora = [
+        CorpusSettings(name=c.name, path=str(shares[c.name].path), format="jsonl", split=c.split)
+        for c in settings.corpora
+    ]
+    text_bytes = sum(share.text_bytes * share.scale for share in shares.values())
+    small = text_bytes < lm.SMALL_CORPUS_BYTES
+    size = settings.tokenizer.vocab_size or (lm.SMALL_VOCABULARY if small else lm.LARGE_VOCABULARY)
+    return replace(
+        settings,
+        root=aside / "root",
+        corpora=tuple(corpora),
+        tokenizer=replace(settings.tokenizer, vocab_size=size),
+    )
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class _Measured:
+    """What the sample's own stages took.
+
+    Attributes:
+        steps: title -> its step of the sample.
+        seconds: title -> worker seconds of its blocks.
+        sizes: title -> bytes of its artifact.
+        memory: stage -> most bytes that one worker, or this process, has held.
+        chunk_seconds: title -> worker seconds of embedding one chunk.
+        rows, tokens: corpus -> chunks and tokens of the sample.
+        admitted: share of the chunks that may be neighbors.
+        dim: of a vector.
+    """
+
+    def __init__(self, sample: Settings, engine: Engine) -> None:
+        self.steps: dict[str, Step] = {}
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+        self.chunk_seconds: dict[str, float] = {}
+        self.rows: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        admitted = 0
+        for step in steps(sample):
+            if step.stage.name not in ("corpus", "tokenizer", "chunks", "embeddings"):
+                break
+            self.steps[step.title] = step
+            if isinstance(step.stage, EmbeddingStage):
+                self.chunk_seconds[step.title] = _embedding_seconds(step.stage, step.folder, engine)
+            else:
+                self.seconds[step.title] = complete(step.stage, step.folder, engine)["seconds"]
+            self.memory[step.stage.name] = _peak_memory()
+            if step.stage.name == "chunks":
+                chunks, name = ChunkStore(step.folder), str(step.corpus)
+                self.rows[name] = len(chunks)
+                self.tokens[name] = int(chunks.documents.tokens.sum())
+                admitted += _admitted(sample, name, chunks)
+        self.admitted = admitted / max(1, sum(self.rows.values()))
+        self.sizes = {title: _size(step.folder) for title, step in self.steps.items()}
+        self.dim = embedder_dim(embedder_folder(sample.embedder))
+
+
+def _admitted(settings: Settings, corpus: str, chunks: ChunkStore) -> int:
+    """Chunks of documents that the database admits."""
+    split = next(c.split for c in settings.corpora if c.name == corpus)
+    of_document = split_of_documents(chunks.documents.keys, split, settings.splits)
+    admitted = np.isin(of_document, [SPLITS.index(s) for s in settings.database.splits])
+    return int(admitted[chunks.document_of_chunk].sum())
+
+
+def _embedding_seconds(stage: EmbeddingStage, folder: Path, engine: Engine) -> float:
+    """Worker seconds a chunk: of as many blocks as fit the time, the first left out if it can be."""
+    small = replace(stage.settings, block_rows=MEASURE_CHUNKS)
+    stage = EmbeddingStage(small, stage.corpus, stage.chunks, stage.tokenizer)
+    folder.mkdir(parents=True)
+    measured: list[tuple[int, float]] = []
+    began: float | None = None
+    with contextlib.closing(engine.run(stage, folder, stage.blocks())) as receipts:
+        for receipt in receipts:
+            measured.append((receipt.rows, receipt.seconds))
+            began = began or time.monotonic()
+            if time.monotonic() - began > MEASURE_SECONDS:
+                break
+    warm = measured[1:] or measured
+    return sum(s for _, s in warm) / max(1, sum(r for r, _ in warm))
+
+
+def _peak_memory() -> int:
+    """Most bytes that any ended child has held, or this process where there was none."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
+    return 1024 * (usage[0].ru_maxrss or usage[1].ru_maxrss)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _product_rate(dim: int, k: int, device: str) -> float:
+    """FLOP/s of exact search on this machine."""
+    queries, rows = SEARCH_ROWS[device.split(":")[0]]
+    vectors = np.random.default_rng(0).standard_normal((rows, dim), np.float32).astype(np.float16)
+    search = Search(Vectors([vectors]), metric="l2", device=device)
+    search(vectors[:queries], k, None)
+    began = time.monotonic()
+    search(vectors[:queries], k, None)
+    return 2.0 * queries * rows * dim / (time.monotonic() - began)
+
+
+# ---- reckoning -----------------------------------------------------------------------------------
+
+
+class _Reckoning:
+    """From a sample to the whole."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: LocalEngine,
+        shares: dict[str, _Share],
+        measured: _Measured,
+    ) -> None:
+        self.settings, self.engine = settings, engine
+        self.shares, self.measured = shares, measured
+        self.chunks = {n: int(measured.rows[n] * share.scale) for n, share in shares.items()}
+        self.documents = {n: share.documents for n, share in shares.items()}
+        chosen = settings.database.corpora or tuple(shares)
+        self.database_rows = sum(self.chunks[n] for n in chosen)
+        self.search = settings.neighbors.resolve(self.database_rows)
+        self.factory: str | None = None
+
+    def plan(self) -> Plan:
+        stages = [self._of_title(title) for title in self.measured.steps if self._known(title)]
+        stages.append(self._database())
+        index_bytes = 0
+        if self.search == "index":
+            stages.append(self._index())
+            index_bytes = stages[-1].bytes
+        queried = [c.name for c in self.settings.corpora if c.split != "database"]
+        stages += [self._neighbors(name, index_bytes) for name in queried]
+        before = itertools.accumulate((stage.bytes for stage in stages), initial=0)
+        shares = self.shares.values()
+        return Plan(
+            documents=sum(self.documents.values()),
+            text_bytes=int(sum(s.text_bytes * s.scale for s in shares)),
+            tokens=int(sum(self.measured.tokens[n] * s.scale for n, s in self.shares.items())),
+            chunks=sum(self.chunks.values()),
+            dim=self.measured.dim,
+            sampled_bytes=sum(s.text_bytes for s in shares),
+            search=self.search,
+            factory=self.factory,
+            stages=tuple(stages),
+            disk_peak=max(b + s.peak_bytes for b, s in zip(before, stages, strict=False)),
+            disk_free=shutil.disk_usage(_existing(self.settings.root)).free,
+            memory_free=_free_memory(),
+        )
+
+    def _known(self, title: str) -> bool:
+        return title.split()[0] in ("corpus", "tokenizer", "chunks", "embeddings")
+
+    def _of_title(self, title: str) -> StagePlan:
+        step = self.measured.steps[title]
+        return cast(StagePlan, getattr(self, f"_{step.stage.name}")(title, step))
+
+    def _workers(self, step: Step, blocks: float) -> int:
+        return max(1, len(self.engine.places(step.stage, max(1, int(blocks)))))
+
+    def _corpus(self, title: str, step: Step) -> StagePlan:
+        share = self.shares[str(step.corpus)]
+        workers = self._workers(step, 1 / share.largest_block)
+        size = int(self.measured.sizes[title] * share.scale)
+        rows = self.documents[str(step.corpus)]
+        kept = int(SCAN_BYTES_A_DOCUMENT * rows * share.largest_block)
+        memory = workers * (self.measured.memory["corpus"] + kept)
+        seconds = self.measured.seconds[title] * share.scale / workers
+        return StagePlan(title, rows, size, size, memory, seconds, "measured")
+
+    def _tokenizer(self, title: str, step: Step) -> StagePlan:
+        sampled = sum(share.text_bytes for share in self.shares.values())
+        total = sum(share.text_bytes * share.scale for share in self.shares.values())
+        more = 1.0
+        if self.settings.tokenizer.name is None:
+            more = min(total, 2 * self.settings.tokenizer.sample_bytes) / sampled
+        size = self.measured.sizes[title]
+        grown = int(self.measured.memory["tokenizer"] * max(1.0, more**0.5))  # Heaps' law, about
+        return StagePlan(
+            title, 1, size, size, grown, self.measured.seconds[title] * more, "measured"
+        )
+
+    def _chunks(self, title: str, step: Step) -> StagePlan:
+        share = self.shares[str(step.corpus)]
+        workers = self._workers(step, len(step.stage.blocks()) * share.scale)
+        size = int(self.measured.sizes[title] * share.scale)
+        memory = workers * self.measured.memory["chunks"]
+        seconds = self.measured.seconds[title] * share.scale / workers
+        return StagePlan(
+            title, self.chunks[str(step.corpus)], size, 2 * size, memory, seconds, "measured"
+        )
+
+    def _embeddings(self, title: str, step: Step) -> StagePlan:
+        rows, dim = self.chunks[str(step.corpus)], self.measured.dim
+        workers = self._workers(step, rows / MEASURE_CHUNKS)
+        size = 2 * rows * dim
+        seconds = self.measured.chunk_seconds[title] * rows / workers
+        memory = workers * (self.measured.memory["embeddings"] + 2 * 65_536 * dim)
+        return StagePlan(title, rows, size, size, memory, seconds, "measured")
+
+    def _database(self) -> StagePlan:
+        documents = sum(self.documents.values())
+        memory = TABLE_BYTES_A_DOCUMENT * documents + self.database_rows
+        return StagePlan("database", self.database_rows, documents, documents, memory, 0.0, "small")
+
+    def _rate(self, device: str) -> float:
+        return _product_rate(self.measured.dim, self.settings.neighbors.num_stored, device)
+
+    def _index(self) -> StagePlan:
+        index, dim = self.settings.index, self.measured.dim
+        rows = int(self.database_rows * self.measured.admitted)
+        self.factory = index.factory or choose_factory(
+            index.planner, rows, dim, index.max_index_memory, index.memory_mapped
+        )
+        size = estimated_bytes(self.factory, rows, dim)
+        training = min(rows, index.sample_size)
+        lists = _lists(self.factory)
+        flop = 2.0 * dim * lists * (training * KMEANS_ROUNDS + rows)
+        memory = self.measured.memory["chunks"] + max(2 * 4 * dim * training, size)
+        memory += min(ADD_BYTES, 4 * rows * dim) + self.database_rows
+        seconds = flop / self._rate("cpu")
+        return StagePlan("index", rows, size, size, memory, seconds, "from the rate of products")
+
+    def _neighbors(self, name: str, index_bytes: int) -> StagePlan:
+        rows, dim = self.chunks[name], self.measured.dim
+        neighbors = self.settings.neighbors
+        wide = 8 if self.database_rows >= 2**31 else 4
+        size = rows * neighbors.num_stored * (wide + 4)
+        admitted = self.database_rows * self.measured.admitted
+        base = self.measured.memory["chunks"] + self.database_rows
+        if self.search == "exact":
+            device, count = self._search_devices()
+            flop = 2.0 * rows * admitted * dim
+            seconds, how = flop / self._rate(device) / count, "measured"
+            memory = count * (base + neighbors.memory)
+        else:
+            lists = _lists(str(self.factory))
+            flop = 2.0 * rows * dim * (lists + PROBED_LISTS * admitted / max(1, lists))
+            seconds, how = flop / self._rate("cpu"), "from the rate of products"
+            memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
+        return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
+
+    def _search_devices(self) -> tuple[str, int]:
+        from retro_data.engines.local import visible_devices
+
+        devices = visible_devices(self.settings.engine.devices)
+        return ("cuda:0", len(devices)) if devices else ("cpu", 1)
+
+
+def _lists(factory: str) -> int:
+    """Lists that each vector is compared with; a graph of centroids spares most of them."""
+    found = re.search(r"IVF(\d+)(_HNSW)?", factory)
+    if not found:
+        return 1
+    return 1024 if found[2] else int(found[1])
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _free_memory() -> int:
+    """Bytes that this machine can give without swapping, and its control group allows."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        free = values.get("MemAvailable", free)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (
+            int((CONTROL_GROUP / f"memory.{n}").read_text("ascii")) for n in ("max", "current")
+        )
+        free = min(free, limit - used)
+    return free

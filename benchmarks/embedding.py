@@ -110,7 +110,7 @@ def random_chunks(root: Path, tokenizer: Path, rows: int, chunk_size: int) -> Pl
         artifact.save_array(folder / name, array)
         entries[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
     manifest = {"arrays": entries, "fields": {"name": "random"}, "key": key}
-    artifact.write_json(folder / artifact.MANIFEST, manifest)
+    artifact.write_record(folder / artifact.MANIFEST, manifest)
     return folder, key
 
 

@@ -34,6 +34,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from retro_data import artifact, receipts, store
 from retro_data.errors import RetroDataError
@@ -168,17 +169,23 @@ def run_prepare(
     counted = Trap(**(trap or {}))
     counted.set()
     began, starts = time.monotonic(), {}
+
+    def reached() -> tuple[int, int, float]:
+        return counted.calls, counted.syncs, time.monotonic() - began
+
     complete = pipeline.complete
 
     def timed(step: stage.Stage, *places: Any, **options: Any) -> Any:
-        starts[step.name] = (counted.calls, time.monotonic() - began)
+        starts[step.name] = reached()
         return complete(step, *places, **options)
 
     setattr(pipeline, "complete", timed)  # noqa: B010
     pipeline.prepare(settings, engine, verify=verify)
     if report:
-        end = (counted.calls, time.monotonic() - began)
-        left = {name: (end[0] - calls, end[1] - at) for name, (calls, at) in starts.items()}
+        end = reached()
+        left = {
+            name: [e - s for s, e in zip(start, end, strict=True)] for name, start in starts.items()
+        }
         Path(report).write_text(json.dumps(left))
 
 
@@ -186,18 +193,23 @@ class Trap:
     """Sends this process a signal at its n-th call of CALLS; without `call`, only counts.
 
     Args:
-        call: at which one, from 1.
+        call: at which one, from 1; of those that sync a file, where `when` is "torn".
         number: of the signal.
-        after: once the call is done, rather than before.
-        tear: share of what was written to a file that is cut off before, where the call is its sync
-            (of a journal: of its last line): what a kill in the middle of the writing leaves.
+        when: "before" the call, "after" it, or "torn": before a sync, once a share of what was
+            written to the file is cut off again (of a journal: of its last line), as a kill in the
+            middle of the writing leaves it.
+        share: that is cut off.
     """
 
     def __init__(
-        self, call: int = 0, number: int = signal.SIGKILL, after: bool = False, tear: float = 0.0
+        self,
+        call: int = 0,
+        number: int = signal.SIGKILL,
+        when: str = "before",
+        share: float = 0.0,
     ) -> None:
-        self.at, self.number, self.after, self.tear = call, number, after, tear
-        self.calls = 0
+        self.at, self.number, self.when, self.share = call, number, when, share
+        self.calls = self.syncs = 0
         self._real = {name: getattr(os, name) for name in CALLS if hasattr(os, name)}
 
     def set(self) -> None:
@@ -210,28 +222,29 @@ class Trap:
             if threading.current_thread() is not threading.main_thread():
                 return real(*arguments, **options)
             self.calls += 1
-            hit = self.calls == self.at
-            if hit and not self.after:
-                torn = name == "fsync" and self.tear and self._cut(arguments[0])
-                self._spring("in the middle of what comes before" if torn else "before", name)
+            synced = name == "fsync" and stat.S_ISREG(os.fstat(arguments[0]).st_mode)
+            self.syncs += synced
+            torn = self.when == "torn"
+            hit = self.at == (self.syncs if torn else self.calls) and (synced or not torn)
+            if hit and torn:
+                self._cut(arguments[0])
+            if hit and self.when != "after":
+                self._spring(name)
             result = real(*arguments, **options)
-            if hit and self.after:
-                self._spring("after", name)
+            if hit:
+                self._spring(name)
             return result
 
         return call
 
-    def _cut(self, handle: int) -> bool:
+    def _cut(self, handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        if path.is_dir():
-            return False
         content = path.read_bytes()
         synced = content.rstrip(b"\n").rfind(b"\n") + 1 if path.name == artifact.RECEIPTS else 0
-        self._real["ftruncate"](handle, synced + int((len(content) - synced) * (1 - self.tear)))
-        return True
+        self._real["ftruncate"](handle, synced + int((len(content) - synced) * (1 - self.share)))
 
-    def _spring(self, when: str, name: str) -> None:
-        told = {"when": when, "call": name, "task": task_under_way()}
+    def _spring(self, name: str) -> None:
+        told = {"when": self.when, "call": name, "task": task_under_way()}
         sys.stderr.write(json.dumps(told) + "\n")
         sys.stderr.flush()
         os.kill(os.getpid(), self.number)
@@ -495,9 +508,14 @@ def _receipts(folder: Path) -> list[Any]:
 # ---- damage --------------------------------------------------------------------------------------
 
 
+# Each returns what it did; nothing where that cannot be done to this file.
+
+
 def _cut(root: Path, path: Path, rng: random.Random) -> str:
     size = path.stat().st_size
-    left = rng.randrange(size) if size else 0
+    if not size:
+        return ""
+    left = rng.randrange(size)
     os.truncate(path, left)
     return f"cut to {left} of {size} bytes"
 
@@ -505,7 +523,7 @@ def _cut(root: Path, path: Path, rng: random.Random) -> str:
 def _flip(root: Path, path: Path, rng: random.Random) -> str:
     content = bytearray(path.read_bytes())
     if not content:
-        return "empty, and left as it was"
+        return ""
     place, bit = rng.randrange(len(content)), rng.randrange(8)
     content[place] ^= 1 << bit
     path.write_bytes(content)
@@ -521,8 +539,10 @@ def _swap(root: Path, path: Path, rng: random.Random) -> str:
     """With another file of its folder, or of the same name elsewhere."""
     beside = [p for p in path.parent.iterdir() if p.is_file() and p != path]
     namesakes = [p for p in root.rglob(path.name) if p != path]
-    group = rng.choice([found for found in (beside, namesakes) if found] or [[path]])
-    other = rng.choice(sorted(group))
+    groups = [found for found in (beside, namesakes) if found]
+    if not groups:
+        return ""
+    other = rng.choice(sorted(rng.choice(groups)))
     aside = path.with_name("aside")
     path.rename(aside)
     other.rename(path)
@@ -558,14 +578,22 @@ class Outcome:
     differences: list[str] = field(default_factory=list)
 
 
+class Left(NamedTuple):
+    """What an undisturbed run still does from one stage on."""
+
+    calls: int
+    syncs: int  # of files, among the calls
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed root. `left`: calls and seconds that a run takes from each of `places` on."""
+    """An undisturbed root. `left`: what a run takes from each of `places` on."""
 
     root: Path
     arguments: Arguments
     places: tuple[str, ...]
-    left: dict[str, tuple[int, float]]
+    left: dict[str, Left]
 
 
 class Bench:
@@ -595,7 +623,8 @@ class Bench:
         }
         whole = {"root": str(root), **arguments}
         self._must(self.runs.start("prepare", self.log, arguments=whole, report=str(report)))
-        left = {NOTE: (12, 0.1)} | json.loads(report.read_text())
+        found = json.loads(report.read_text())
+        left = {NOTE: Left(12, 1, 0.1), **{name: Left(*of) for name, of in found.items()}}
         places = tuple(place for place in PLACES if place in left)
         return Reference(root, arguments, places, left)
 
@@ -667,7 +696,7 @@ class Case:
 
     def moment(self) -> None:
         stage = self.begin(self.rng.choice(self.places[:-1]))
-        seconds = self.rng.uniform(0, self.left[stage][1])
+        seconds = self.rng.uniform(0, self.left[stage].seconds)
         process = self.start()
         time.sleep(seconds)
         kill_group(process)
@@ -719,8 +748,10 @@ class Case:
             path = self.rng.choice(paths)
             name = path.relative_to(self.root).as_posix()
             harm = self.rng.choice(sorted(HARMS))
-            self.outcome.told.append(f"{name} {HARMS[harm](self.root, path, self.rng)}")
-            self.hit(harm, name.split("/")[0].replace("prepared", NOTE))
+            done = HARMS[harm](self.root, path, self.rng)
+            if done:
+                self.outcome.told.append(f"{name} {done}")
+                self.hit(harm, name.split("/")[0].replace("prepared", NOTE))
         if self.rng.random() < 0.2:
             self.freeze()
         self.resume()
@@ -751,16 +782,19 @@ class Case:
 
     def trap(self, number: int) -> Arguments:
         """At a call of the first stage that is to be made, mostly, or at any after it."""
-        tear = self.rng.random() if number == signal.SIGKILL and self.rng.random() < 0.5 else 0.0
-        after = self.rng.random() < 0.3
+        ways = ("before", "after", "torn") if number == signal.SIGKILL else ("before", "after")
+        when = self.rng.choice(ways)
+        left = [
+            self.left[place].syncs if when == "torn" else self.left[place].calls
+            for place in (*self.places, NOTE)
+        ]
         if self.mends:  # how much is to do is not known: at one of few calls as often as of many
-            call = int(math.exp(self.rng.uniform(0, math.log(self.left["corpus"][0] / 2))))
+            call = int(math.exp(self.rng.uniform(0, math.log(left[0] / 2))))
         else:
-            left = [self.left[place][0] for place in (*self.places, NOTE)]
             first = self.places.index(unfinished(self.root, self.places))
             own = left[first] - left[first + 1] + left[-1]  # and those before: as many as of NOTE
             call = self.rng.randint(1, own if self.rng.random() < 0.7 else left[first])
-        return {"call": call, "number": int(number), "after": after, "tear": tear}
+        return {"call": call, "number": int(number), "when": when, "share": self.rng.random()}
 
     def kill_at_call(self) -> None:
         trap = self.trap(signal.SIGKILL)
@@ -774,7 +808,7 @@ class Case:
             process = self.start(trap=self.trap(signal.SIGSTOP))
             kind = ""
         else:
-            seconds = self.rng.uniform(0, self.left[unfinished(self.root, self.places)][1])
+            seconds = self.rng.uniform(0, self.left[unfinished(self.root, self.places)].seconds)
             process = self.start()
             time.sleep(seconds)
             os.kill(process, signal.SIGSTOP)
@@ -801,7 +835,7 @@ class Case:
         self.ended(process, "the run that was frozen", 1)
         for name, what in changes(after, snapshot(self.root)):
             own = Path(name).name.startswith(LEFT) and what == "removed"
-            part = f"/{artifact.PARTS}/" in name and what == "made"  # the next run removes it
+            part = f"/{artifact.PARTS}/" in name and what != "changed"  # of no use to anybody now
             if not own and not part:
                 self.differ(f"{name} was {what} by the run that was frozen")
 
@@ -816,7 +850,7 @@ class Case:
     def sprung(self, word: str) -> None:
         told = json.loads(self.last_words())
         self.outcome.told.append(f"{word} {told['when']} os.{told['call']}")
-        kind = f"{word} {told['when']}" + " a call" * (told["when"] in ("before", "after"))
+        kind = "kill in mid-write" if told["when"] == "torn" else f"{word} {told['when']} a call"
         self.hit(kind, task=told["task"])
 
     def hit(self, kind: str, stage: str = "", task: str = "") -> None:
@@ -881,7 +915,7 @@ def print_tables(outcomes: list[Outcome]) -> None:
         print(line.format(kind, len(chosen), faults, runs, each, differing))
     hits = [fault for outcome in outcomes for fault in outcome.faults]
     counts = Counter((fault.kind, fault.stage) for fault in hits)
-    row = "{:<38}" + "{:>11}" * (len(PLACES) + 1)
+    row = "{:<20}" + "{:>11}" * (len(PLACES) + 1)
     print("\n" + row.format("fault while making", *PLACES, "all"))
     for kind in sorted({fault.kind for fault in hits}):
         each_stage = [counts[kind, place] for place in PLACES]

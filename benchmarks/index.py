@@ -44,7 +44,7 @@ def write_artifact(folder: Path, arrays: dict[str, Array], **manifest: Any) -> N
     for name, array in arrays.items():
         artifact.save_array(folder / name, array)
         entries[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
-    artifact.write_json(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
+    artifact.write_record(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
 
 
 def synthetic_database(root: Path, rows: int, dim: int, chunks_per_document: int) -> DatabasePlace:

@@ -157,7 +157,7 @@ def run(settings: Settings, corpus: str, pool: Executor, seconds: float) -> list
             wall, cpu = time.perf_counter() - began, sum(os.times()[:4]) - cpu_began
         size, name = disk_use(step.folder), step.stage.name
         limit, measured = None, LIMITS.get(name)
-        if measured and getattr(step.stage, "search", "exact") == "exact":
+        if measured and getattr(step.stage, "search", "") != "index":
             limit = pool.submit(measured, settings, step, seconds).result()
         figures, count = manifest.get("figures", {}), manifest["rows"]
         work, unit = count, "chunks"
@@ -230,13 +230,20 @@ def forward_rate(settings: Settings, step: Step, seconds: float) -> float:
     length = round(float(np.minimum(sizes, embedder.limit).mean()))
     length += len(embedder.prefix) + len(embedder.suffix)
 
+    model: Any = embedder.model
+    if model is None:  # a forward pass of our own: its limit is that of transformers
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(step.stage.encoder, dtype=embedder.dtype).eval()
+        model.to(embedder.device)
+
     def forward(ids: torch.Tensor) -> int:
         with torch.inference_mode():
-            embedder.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
         torch.cuda.synchronize() if cuda else None
         return len(ids)
 
-    vocabulary = embedder.model.config.vocab_size
+    vocabulary = model.config.vocab_size
     batches = (512, 2048, 4096) if cuda else (16, 64, 256)
     ids = [torch.randint(vocabulary, (b, length), device=embedder.device) for b in batches]
     rate = best_rate([partial(forward, batch) for batch in ids], seconds)
@@ -279,46 +286,28 @@ LIMITS: dict[str, Callable[[Settings, Step, float], float]] = {
 def print_row(row: Row) -> None:
     scale, unit = (1e-6, "MB") if row.unit == "bytes" else (1.0, row.unit)
     rate = f"{row.rate * scale:,.{1 if scale < 1 else 0}f} {unit}/s"
-    share = (
-        f"{row.rate / row.limit:.2f} {LIMITS[row.stage].__name__.removesuffix('_rate')}"
-        if row.limit
-        else ""
-    )
+    limit = LIMITS[row.stage].__name__.removesuffix("_rate") if row.limit else ""
+    share = f"{row.rate / row.limit:.2f} {limit}" if row.limit else ""
     memory = (f"{b / 2**20:.0f} MiB" for b in (row.parent, row.children))
     disk = (f"{b / 1e6:.1f} MB" for b in (row.size, row.peak_disk))
-    figures = (
-        f"{row.rows:,}",
-        f"{row.seconds:.1f}",
-        f"{row.cpu_seconds:.1f}",
-        rate,
-        share,
-        *memory,
-        *disk,
-    )
+    spent = (f"{s:.1f}" for s in (row.seconds, row.cpu_seconds))
+    figures = (f"{row.rows:,}", *spent, rate, share, *memory, *disk)
     print(LINE.format(row.corpus[:10], row.stage, *figures), flush=True)
 
 
 def print_growth(first: Sequence[Row], last: Sequence[Row]) -> None:
     print(f"\n{last[0].corpus} against {first[0].corpus}: seconds a million rows, and peak memory")
-    print(
-        GROWTH.format(
-            "stage", "rows", "first", "last", "ratio", "work", "CPU", "blocks", "memory", ""
-        )
-    )
+    print(GROWTH.format(*"stage rows first last ratio work CPU blocks memory".split(), ""))
     before = {row.stage: row for row in first}
     for row, old in ((row, before[row.stage]) for row in last if row.stage in before):
         grown, worked = row.rows / old.rows, row.work / old.work
-        memory, old_memory = row.parent + row.children, old.parent + old.children
         costs = (f"{r.seconds / r.rows * 1e6:,.0f} s" for r in (old, row))
-        spent, spent_before = (
-            np.maximum((r.cpu_seconds, r.block_seconds), 1e-3) for r in (row, old)
-        )
-        wall = row.seconds / old.seconds
-        ratios = (wall / grown, wall / worked, *(spent / spent_before / worked))
+        spent, spent_before = (np.array([r.cpu_seconds, r.block_seconds]) for r in (row, old))
+        wall, others = row.seconds / old.seconds, spent / np.maximum(spent_before, 1e-3)
+        ratios = (f"{r:.2f}" for r in (wall / grown, wall / worked, *(others / worked)))
+        memory, old_memory = row.parent + row.children, old.parent + old.children
         more = (f"{(memory - old_memory) / 2**20:+.0f} MiB", f"{memory / old_memory:.2f}x")
-        print(
-            GROWTH.format(row.stage, f"{grown:.1f}x", *costs, *(f"{r:.2f}" for r in ratios), *more)
-        )
+        print(GROWTH.format(row.stage, f"{grown:.1f}x", *costs, *ratios, *more))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -334,27 +323,18 @@ def tiny_encoder(folder: Path, corpus: Path) -> str:
     texts = (r.text[:20_000] for r in records if isinstance(r, Document))
     backend = BertWordPieceTokenizer()
     backend.train_from_iterator(islice(texts, 100), vocab_size=8192, show_progress=False)
-    tokenizer = BertTokenizer(vocab=backend.get_vocab())
-    tokenizer.save_pretrained(str(folder))
+    BertTokenizer(vocab=backend.get_vocab()).save_pretrained(str(folder))
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-    )
+    width: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=backend.get_vocab_size(), num_hidden_layers=2, **width)
     BertModel(config, add_pooling_layer=False).save_pretrained(str(folder))
     return str(folder)
 
 
 def settings_of(corpus: Path, root: Path, encoder: str, **groups: Any) -> Settings:
-    return Settings.create(
-        root,
-        {"name": "corpus", "path": str(corpus)},
-        embedder={"name": encoder, "normalize": True},
-        **groups,
-    )
+    embedder = {"name": encoder, "normalize": True}
+    one = {"name": "corpus", "path": str(corpus)}
+    return Settings.create(root, one, embedder=embedder, **groups)
 
 
 def main() -> None:
@@ -375,23 +355,22 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=arguments.root) as folder,
         ProcessPoolExecutor(1, mp_context=context) as pool,
     ):
-        encoder = {"minilm": MINILM}.get(arguments.encoder, arguments.encoder)
-        if encoder == "tiny":
-            place = Path(folder) / "encoder"
-            encoder = pool.submit(tiny_encoder, place, arguments.corpus[0]).result()
+        encoder, what = arguments.encoder, arguments.encoder
+        if encoder == "minilm":
+            encoder = MINILM
+        elif encoder == "tiny":
+            first, what = arguments.corpus[0], TINY
+            encoder = pool.submit(tiny_encoder, Path(folder) / "encoder", first).result()
         devices = torch.cuda.device_count()
-        what = TINY if arguments.encoder == "tiny" else arguments.encoder
         print(f"{available_cores()} cores, {devices} GPUs; encoder {what}")
         print(LINE.format(*HEADER, "size", "disk"), flush=True)
+        groups = {
+            "chunk_size": arguments.chunk_size,
+            "neighbors": {"search": arguments.search},
+            "engine": {"workers": arguments.workers},
+        }
         for i, corpus in enumerate(arguments.corpus):
-            settings = settings_of(
-                corpus,
-                Path(folder) / f"root-{i}",
-                encoder,
-                chunk_size=arguments.chunk_size,
-                neighbors={"search": arguments.search},
-                engine={"workers": arguments.workers},
-            )
+            settings = settings_of(corpus, Path(folder) / f"root-{i}", encoder, **groups)
             label = corpus.name.split(".")[0]
             made.append(run(settings, label, pool, arguments.limit_seconds))
     if len(made) > 1:

@@ -64,7 +64,10 @@ class CorpusSettings:
         encoding_errors: `strict` makes an undecodable document a bad one.
         on_bad_document: `skip` reports it, `raise` ends the run.
         max_document_bytes: bytes of one text file (decompressed), JSON line or column value; a
-            larger one is a bad document, and is never held in memory.
+            larger one is a bad document, and is never held in memory. Tokenizing takes up to 400
+            bytes of memory for each.
+        max_expansion: times its stored bytes that a compressed file may unpack to (64 MiB are
+            always allowed); what lies beyond is not read, and is a bad document.
         split: `hash`, or the one split that all documents belong to.
         hf_config, hf_split, hf_revision: of a Hugging Face dataset.
 
@@ -81,7 +84,8 @@ class CorpusSettings:
     encoding: str = keyed("utf-8")
     encoding_errors: str = keyed("strict")
     on_bad_document: str = keyed("skip")
-    max_document_bytes: int = keyed(32 * 2**20)
+    max_document_bytes: int = keyed(8 * 2**20)
+    max_expansion: int = keyed(200)
     split: str = free("hash")
     hf_config: str | None = keyed(None)
     hf_split: str | None = keyed(None)
@@ -98,11 +102,11 @@ class CorpusSettings:
                     f"corpus {self.name!r}: {field} is {getattr(self, field)!r}, "
                     f"expected one of {', '.join(choices)}"
                 )
-        if self.max_document_bytes < 1:
-            raise RetroDataError(
-                f"corpus {self.name!r}: max_document_bytes is {self.max_document_bytes}, "
-                f"expected at least 1"
-            )
+        for field in ("max_document_bytes", "max_expansion"):
+            if getattr(self, field) < 1:
+                raise RetroDataError(
+                    f"corpus {self.name!r}: {field} is {getattr(self, field)}, expected at least 1"
+                )
         try:
             b"a".decode(
                 self.encoding, "replace"

@@ -158,7 +158,9 @@ class WholeFileReader(FileReader):
         """The decompressed bytes of a file, or why they are no document."""
         limit = self.settings.max_document_bytes
         identity = encodable(name)
-        with closing(ByteStream(name, self._tree.open(name))) as stream:
+        with closing(
+            ByteStream(name, self._tree.open(name), self.settings.max_expansion)
+        ) as stream:
             parts, size = [], 0
             for piece in stream.pieces():
                 parts.append(piece)
@@ -270,6 +272,10 @@ _PARSE = json.JSONDecoder().decode  # json.loads without its checks of arguments
 # A bracket that opens an array of objects, or stands alone on the first line.
 _NOT_LINES = re.compile(rb"\s*(\[\s*\{|[\[{][ \t\r]*\n)")
 _HEAD = 4096
+# Of a JSON value. Python's own end depends on how deep the caller is: a line must not be a document
+# for one stage and a bad one for the next.
+_DEPTH = 100
+_TOO_DEEP = f"malformed json: nested over {_DEPTH} deep"
 
 
 class JsonlReader(SequentialReader):
@@ -285,7 +291,7 @@ class JsonlReader(SequentialReader):
 
     def _open(self, name: str, start: int) -> Cursor:
         limit = self.settings.max_document_bytes
-        stream = ByteStream(name, self._tree.open(name))
+        stream = ByteStream(name, self._tree.open(name), self.settings.max_expansion)
         pieces = stream.pieces()
         head = b""
         for piece in pieces:
@@ -324,9 +330,11 @@ class JsonlReader(SequentialReader):
             reason = f"malformed json: {error.msg} (character {error.pos})"
             return Skipped(position, None, reason)
         except RecursionError:
-            return Skipped(position, None, "malformed json: nested too deeply")
+            return Skipped(position, None, _TOO_DEEP)
         except ValueError as error:  # a number of thousands of digits
             return Skipped(position, None, f"malformed json: {error}")
+        if _is_deep(value):
+            return Skipped(position, None, _TOO_DEEP)
         if not isinstance(value, dict):
             return Skipped(position, None, f"not an object: {kind(value)}")
         identity = record_id(value.get(settings.id_field), name, position)
@@ -336,6 +344,17 @@ class JsonlReader(SequentialReader):
         if settings.text_field not in value:
             return Skipped(position, identity, f"no text field: {settings.text_field!r}")
         return to_document(position, identity, value[settings.text_field], note)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value holds lists or objects in each other, deeper than `_DEPTH`."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEPTH):
+        inner = chain.from_iterable(v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for v in inner if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _lines(

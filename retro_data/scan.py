@@ -12,18 +12,19 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from retro_data import artifact, store
 from retro_data.artifact import key_fields
-from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open_reader
+from retro_data.corpus import CorpusSettings, Document, Reader, Skipped, SourceFile, open_reader
 from retro_data.errors import RetroDataError
 from retro_data.stage import (
     Block,
@@ -36,7 +37,8 @@ from retro_data.stage import (
 
 log = logging.getLogger(__name__)
 
-SPAN_BYTES = 2**20  # of text: later stages cut their blocks at multiples of about this
+SPAN_BYTES = 2**20  # of text and ids: later stages cut their blocks at multiples of about this
+DOCUMENT_BYTES = 64  # what a document takes beside, so that a span of empty ones has an end
 SCAN_BYTES = 256 * 2**20  # of files, as they lie: one block of the scan
 KEYS, COUNTS, SKIPS = "keys.npy", "counts.npy", "skipped.jsonl"  # parts
 SPANS = "spans.npy"  # (S, 6) int64, see Span
@@ -47,6 +49,7 @@ class Span:
     """Consecutive documents: from `start` in `first_file` up to `stop` in `last_file`.
 
     Positions are those of the reader (byte offset, row); a stop of -1 is the end of the file.
+    `bytes` are those of texts and ids, and DOCUMENT_BYTES for each document.
     """
 
     first_file: int
@@ -91,6 +94,8 @@ def digest_files(reader: Reader, cache: Path, *, read_all: bool = False) -> list
         raise RetroDataError(
             "the corpus has no files to read. Check corpus.path, corpus.format and corpus.glob."
         )
+    with contextlib.suppress(OSError):  # a read-only root keeps them
+        artifact.remove_temporaries(cache.parent)
     known = {} if read_all else _read_digests(cache)
     # A source that tells no time of change (HTTP) has to be read to know.
     stale = [f for f in files if f.version is None and not (f.modified_ns and _is_known(f, known))]
@@ -191,20 +196,20 @@ class CorpusStage:
 
     def make(self, context: Reader, block: Block, out: BlockWriter) -> None:
         first, last = block.extra
-        scan = _Scan(self.settings.name)
-        for index in range(first, last):
-            scan.file(context, index, self.files[index].name)
+        with out.file(store.part_name(block.index, SKIPS)) as reports:
+            scan = _Scan(self.settings.name, reports)
+            for index in range(first, last):
+                scan.file(context, index, self.files[index].name)
         scan.cut(last - 1, -1)
-        out.rows = len(scan.keys)
-        out.count("documents", len(scan.keys))
+        out.rows = scan.documents
+        out.count("documents", scan.documents)
         out.count("text_bytes", scan.text_bytes)
         out.count("skipped", scan.skipped)
-        out.array(store.part_name(block.index, KEYS), keys_array(scan.keys))
+        out.array(store.part_name(block.index, KEYS), keys_array([bytes(scan.keys)]))
         spans = np.array(scan.spans, np.int64).reshape(-1, 6)
         out.array(store.part_name(block.index, SPANS), spans)
         counts = np.array(scan.documents_of_file, np.int64)
         out.array(store.part_name(block.index, COUNTS), counts)
-        out.bytes(store.part_name(block.index, SKIPS), "".join(scan.reports).encode())
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
         keys = _load_parts(folder, receipts, KEYS)
@@ -218,7 +223,8 @@ class CorpusStage:
         with artifact.new_file(folder / store.SKIPPED, replace=True) as handle:
             handle.write(self._skipped_files())
             for receipt in receipts:
-                handle.write((folder / store.part_name(receipt.block, SKIPS)).read_bytes())
+                with open(folder / store.part_name(receipt.block, SKIPS), "rb") as part:
+                    shutil.copyfileobj(part, handle, artifact.COPY_BYTES)
         counts = total_counts(receipts)
         if counts.get("skipped"):
             log.warning(
@@ -245,7 +251,7 @@ class CorpusStage:
 
     def _skipped_files(self) -> bytes:
         skipped = open_reader(self.settings).skipped_files()
-        return "".join(_report(name, None, None, reason) for name, reason in skipped).encode()
+        return b"".join(_report(name, None, None, reason) for name, reason in skipped)
 
     def _refuse_doubled_ids(
         self, folder: Path, keys: np.ndarray[Any, Any], spans: np.ndarray[Any, Any]
@@ -267,39 +273,39 @@ class CorpusStage:
 
 
 class _Scan:
-    """What one block of files holds."""
+    """What one block of files holds; a small file may unpack to very many records."""
 
-    def __init__(self, corpus: str) -> None:
+    def __init__(self, corpus: str, reports: BinaryIO) -> None:
         self.corpus = corpus
-        self.keys: list[bytes] = []
+        self.keys = bytearray()
+        self.documents = 0
         self.spans: list[tuple[int, int, int, int, int, int]] = []
         self.documents_of_file: list[int] = []
-        self.reports: list[str] = []
         self.text_bytes = 0
         self.skipped = 0
+        self._reports = reports
         self._open: tuple[int, int] | None = None  # file and position where the open span began
         self._documents = self._bytes = 0
 
     def file(self, reader: Reader, index: int, name: str) -> None:
-        before = len(self.keys)
+        before = self.documents
         for record in reader.records(name):
             if not isinstance(record, Document):
-                self.skipped += 1
-                self.reports.append(_report(name, record.position, record.id, record.reason))
+                self._report(name, record, record.reason)
                 continue
             if self._bytes >= SPAN_BYTES:
                 self.cut(index, record.position)
             if self._open is None:
                 self._open = (index, record.position)
-            if note := getattr(record, "note", None):
-                self.skipped += 1
-                self.reports.append(_report(name, record.position, record.id, f"repaired: {note}"))
+            if record.note:
+                self._report(name, record, f"repaired: {record.note}")
             size = len(record.text.encode())
-            self.keys.append(document_key(self.corpus, record.id))
-            self._documents += 1
-            self._bytes += size
+            self.keys += document_key(self.corpus, record.id)
+            self.documents += 1
             self.text_bytes += size
-        self.documents_of_file.append(len(self.keys) - before)
+            self._documents += 1
+            self._bytes += size + len(record.id.encode()) + DOCUMENT_BYTES
+        self.documents_of_file.append(self.documents - before)
 
     def cut(self, file: int, position: int) -> None:
         """End the open span before `position` of `file`."""
@@ -307,10 +313,14 @@ class _Scan:
             self.spans.append((*self._open, file, position, self._documents, self._bytes))
         self._open, self._documents, self._bytes = None, 0, 0
 
+    def _report(self, file: str, record: Document | Skipped, reason: str) -> None:
+        self.skipped += 1
+        self._reports.write(_report(file, record.position, record.id, reason))
 
-def _report(file: str, position: int | None, document: str | None, reason: str) -> str:
+
+def _report(file: str, position: int | None, document: str | None, reason: str) -> bytes:
     row = {"file": file, "position": position, "id": document, "reason": reason}
-    return json.dumps(row) + "\n"
+    return json.dumps(row).encode() + b"\n"
 
 
 def _load_parts(folder: Path, receipts: Sequence[Receipt], kind: str) -> np.ndarray[Any, Any]:
@@ -351,13 +361,13 @@ class ScannedCorpus:
         return int(self.manifest["figures"]["text_bytes"])
 
     def blocks(self, block_bytes: int) -> list[Block]:
-        """Spans merged until they hold `block_bytes` of text; rows are documents."""
+        """Spans merged until they hold `block_bytes` (see `Span`); rows are documents."""
         blocks: list[Block] = []
         start = documents = size = 0
         first: list[int] = []
-        for i, (f0, p0, f1, p1, count, text) in enumerate(self.spans.tolist()):
+        for i, (f0, p0, f1, p1, count, span_bytes) in enumerate(self.spans.tolist()):
             first = first or [f0, p0]
-            documents, size = documents + count, size + text
+            documents, size = documents + count, size + span_bytes
             if size >= block_bytes or i == len(self.spans) - 1:
                 extra = [*first, f1, p1]
                 blocks.append(Block(len(blocks), start, start + documents, extra))

@@ -98,15 +98,44 @@ def matches_glob(pattern: str) -> Matches:
 
 
 def _match(parts: list[str], names: list[str]) -> bool:
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return _match(parts[1:], names) or bool(names and _match(parts, names[1:]))
-    return bool(names) and fnmatchcase(names[0], parts[0]) and _match(parts[1:], names[1:])
+    reached = _pass_any({0}, parts)  # parts that the next name may have to match
+    for name in names:
+        after = {i for i in reached if i < len(parts) and parts[i] == "**"}
+        after |= {
+            i + 1 for i in reached - after if parts[i : i + 1] and fnmatchcase(name, parts[i])
+        }
+        reached = _pass_any(after, parts)
+    return len(parts) in reached
+
+
+def _pass_any(reached: set[int], parts: list[str]) -> set[int]:
+    for i, part in enumerate(parts):
+        if i in reached and part == "**":
+            reached.add(i + 1)
+    return reached
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def name_of(path: str) -> str:
+    """A local path as UTF-8, whatever encoding the locale reads it in; see `path_of`.
+
+    Bytes that are not UTF-8 become surrogates.
+    """
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def path_of(name: str) -> str:
+    return os.fsdecode(_encode(name))
 
 
 def name_bytes(entry: SourceFile | SkippedFile) -> bytes:
-    return entry.name.encode("utf-8", "surrogateescape")
+    return _encode(entry.name)
+
+
+def _encode(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 # ---- trees ---------------------------------------------------------------------------------------
@@ -128,21 +157,39 @@ class LocalTree:
         self.root = path
         self._only: str | None = None
         if not os.path.isdir(path):
-            self.root, self._only = os.path.split(path)
+            self.root, only = os.path.split(path)
+            self._only = name_of(only)
 
     def stat(self, name: str) -> SourceFile:
-        return _local_file(name, os.stat(os.path.join(self.root, name)))
+        return _local_file(name, os.stat(_join(self.root, name)))
 
     def open(self, name: str) -> BinaryIO:
-        return open(os.path.join(self.root, name), "rb")
+        return open(_join(self.root, name), "rb", opener=_open_regular)
 
     def list(self, matches: Matches) -> tuple[list[SourceFile], list[SkippedFile]]:
         walk = _Walk(self.root, matches)
         if self._only is not None:
-            walk.file(self._only, os.stat(os.path.join(self.root, self._only)))
+            walk.file(self._only, os.stat(_join(self.root, self._only)))
         else:
             walk.folders()
         return sorted(walk.files, key=name_bytes), sorted(walk.skipped, key=name_bytes)
+
+
+def _join(root: str, name: str) -> str:
+    return os.path.join(root, path_of(name))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file that was a regular one when it was listed: a FIFO would block for ever."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file any more", path)
+    return descriptor
+
+
+# What a name may lead to that no file lies behind, however often it is tried.
+_UNREACHABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class _Walk:
@@ -159,10 +206,10 @@ class _Walk:
         real, links = [""], list[str]()
         while real or links:
             if not real:
-                links.sort(key=os.fsencode, reverse=True)
+                links.sort(key=_encode, reverse=True)
                 real.append(links.pop())
             folder = real.pop()
-            info = os.stat(os.path.join(self.root, folder))
+            info = os.stat(_join(self.root, folder))
             if (info.st_dev, info.st_ino) in seen:
                 self.skip(folder, "link to a folder that is read already")
                 continue
@@ -173,20 +220,19 @@ class _Walk:
     def _visit(self, folder: str) -> Iterator[tuple[str, bool]]:
         """Take the files of a folder; yield its folders, and whether each is a link."""
         try:
-            entries = list(os.scandir(os.path.join(self.root, folder)))
-        except PermissionError:
-            self.skip(f"{folder}/", "permission denied")
+            entries = list(os.scandir(_join(self.root, folder)))
+        except OSError as error:
+            self._skip_unreachable(f"{folder}/", error)
             return
         for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
+            own = name_of(entry.name)
+            if own.startswith("."):
                 continue
+            name = f"{folder}/{own}" if folder else own
             try:
                 info = entry.stat()
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES):
-                    raise
-                self.skip(name, f"cannot be reached: {error.strerror}")
+                self._skip_unreachable(name, error)
                 continue
             if stat.S_ISDIR(info.st_mode):
                 yield name, entry.is_symlink()
@@ -196,10 +242,16 @@ class _Walk:
     def file(self, name: str, info: os.stat_result) -> None:
         if not stat.S_ISREG(info.st_mode):
             self.skip(name, "not a regular file")
-        elif not os.access(os.path.join(self.root, name), os.R_OK):
+        elif not os.access(_join(self.root, name), os.R_OK):
             self.skip(name, "permission denied")
         else:
             self.files.append(_local_file(name, info))
+
+    def _skip_unreachable(self, name: str, error: OSError) -> None:
+        if error.errno not in _UNREACHABLE:
+            raise error
+        denied = name.endswith("/") and error.errno == errno.EACCES
+        self.skip(name, "permission denied" if denied else f"cannot be reached: {error.strerror}")
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(SkippedFile(name, reason))
@@ -269,6 +321,7 @@ _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
 _GZIP_FEED = 64 * 1024
 _ZSTD_FEED = 1024  # a zstd block of 4 bytes may unpack to 128 KiB, so this many to 32 MiB
+_FREE_EXPANSION = 64 * 2**20  # no harm, whatever its ratio
 
 
 def _gunzip() -> Any:
@@ -280,11 +333,15 @@ class ByteStream:
 
     Compression is told by the first bytes, never by the name. After the last piece, `damage` says
     why a compressed stream ended early, or is None.
+
+    Args:
+        max_expansion: see `CorpusSettings`.
     """
 
-    def __init__(self, name: str, file: BinaryIO) -> None:
+    def __init__(self, name: str, file: BinaryIO, max_expansion: int) -> None:
         self._name = name
         self._file = file
+        self._max_expansion = max_expansion
         head = file.read(4)
         file.seek(0)
         self.compression: str | None = None
@@ -300,18 +357,39 @@ class ByteStream:
 
     def pieces(self, start: int = 0) -> Iterator[bytes]:
         """The bytes from the first on; from `start` on in a file that is not compressed."""
-        self._file.seek(start if self.compression is None else 0)
-        if self.compression == "gzip":
-            yield from self._unpack(_gunzip, _GZIP_FEED, (_PIECE,), zlib.error)
-        elif self.compression == "zstd":
-            new = zstandard.ZstdDecompressor().decompressobj
-            yield from self._unpack(new, _ZSTD_FEED, (), zstandard.ZstdError)
-        else:
-            while piece := self._file.read(_PIECE):
-                yield piece
+        if self.compression is not None:
+            yield from self._bounded()
+            return
+        self._file.seek(start)
+        while piece := self._file.read(_PIECE):
+            yield piece
 
     def close(self) -> None:
         self._file.close()
+
+    def _bounded(self) -> Iterator[bytes]:
+        """The unpacked bytes, up to what the file may unpack to."""
+        limit = left = max(_FREE_EXPANSION, self._max_expansion * self.size())
+        self._file.seek(0)
+        if self.compression == "gzip":
+            unpacked = self._unpack(_gunzip, _GZIP_FEED, (_PIECE,), zlib.error)
+        else:
+            new = zstandard.ZstdDecompressor().decompressobj
+            unpacked = self._unpack(new, _ZSTD_FEED, (), zstandard.ZstdError)
+        for (
+            large
+        ) in unpacked:  # up to 32 MiB of zstd, which whoever cuts it into lines would multiply
+            for start in range(0, len(large), _PIECE):
+                piece = large[start : start + _PIECE]
+                if len(piece) > left:
+                    yield piece[:left]
+                    self.damage = (
+                        f"expands too far: {self._name!r} unpacks to over {limit} bytes, "
+                        f"max_expansion {self._max_expansion}"
+                    )
+                    return
+                left -= len(piece)
+                yield piece
 
     def _unpack(
         self, new: Callable[[], Any], feed: int, bound: tuple[int, ...], failure: type[Exception]

@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import repeat
 from typing import Any, BinaryIO
 
 from retro_data.corpus import (
@@ -22,11 +23,14 @@ from retro_data.corpus import (
 )
 from retro_data.errors import RetroDataError
 from retro_data.readers import Cursor, Item, Record, SequentialReader
-from retro_data.source_files import Matches, Tree, name_bytes, require
+from retro_data.source_files import Matches, Tree, name_bytes, name_of, require
+
+_STRINGS = ("string", "large_string", "string_view")
+_BYTES = ("binary", "large_binary", "binary_view")
 
 
 class TableReader(SequentialReader):
-    """Rows of Arrow batches. A payload is (id, text as bytes or None, their encoding)."""
+    """Rows of Arrow batches. A payload is (id, text as a buffer or None, its encoding)."""
 
     unit = "row"
 
@@ -45,7 +49,7 @@ class TableReader(SequentialReader):
         batches = self._batches(self._tree, name, start, self.settings)
         return Cursor(_rows(batches, start, self.settings), start)
 
-    def _record(self, name: str, position: int, payload: tuple[Any, bytes | None, str]) -> Record:
+    def _record(self, name: str, position: int, payload: tuple[Any, Any, str]) -> Record:
         settings = self.settings
         value, data, encoding = payload
         identity = record_id(value, name, position)
@@ -56,7 +60,7 @@ class TableReader(SequentialReader):
         if len(data) > settings.max_document_bytes:
             return too_large(position, identity, str(len(data)), settings.max_document_bytes)
         try:
-            text, note = decode(data, encoding, settings.encoding_errors)
+            text, note = decode(data.to_pybytes(), encoding, settings.encoding_errors)
         except UnicodeDecodeError as error:
             return undecodable(position, identity, error)
         return to_document(position, identity, text, note)
@@ -75,10 +79,10 @@ class ParquetReader(TableReader):
         with closing(tree.open(name)) as handle:
             try:
                 file = pa.parquet.ParquetFile(handle, buffer_size=2**20)
-            except (pa.ArrowException, OSError) as error:
+                columns = _columns(file.schema_arrow, name, settings)
+            except _damage() as error:
                 yield 0, _damaged(name, 0, error)
                 return
-            columns = _columns(file.schema_arrow, name, settings)
             if isinstance(columns, Skipped):
                 yield 0, columns
                 return
@@ -91,10 +95,12 @@ class ParquetReader(TableReader):
                 rows = _batch_rows(info.total_byte_size, info.num_rows)
                 try:
                     for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                        if row + batch.num_rows > first:
+                            raise pa.ArrowInvalid(f"over {info.num_rows} rows in a row group")
                         if row + batch.num_rows > start:
                             yield row, batch
                         row += batch.num_rows
-                except (pa.ArrowException, OSError) as error:
+                except _damage() as error:
                     yield row, _damaged(name, row, error)
 
 
@@ -127,10 +133,10 @@ class HuggingFaceReader(TableReader):
         with closing(tree.open(name)) as handle:
             try:
                 table = pa.ipc.open_stream(pa.memory_map(handle.name)).read_all()
-            except (pa.ArrowException, OSError) as error:
+                columns = _columns(table.schema, name, settings)
+            except _damage() as error:
                 yield 0, _damaged(name, 0, error)
                 return
-        columns = _columns(table.schema, name, settings)
         if isinstance(columns, Skipped):
             yield 0, columns
             return
@@ -143,8 +149,6 @@ class HuggingFaceReader(TableReader):
 def _rows(
     batches: Iterator[tuple[int, Any]], start: int, settings: CorpusSettings
 ) -> Iterator[Item]:
-    import pyarrow as pa
-
     for first, batch in batches:
         if isinstance(batch, Skipped):
             yield first, batch
@@ -153,18 +157,39 @@ def _rows(
         batch = batch.slice(row - first)
         texts = batch.column(settings.text_field)
         encoding = settings.encoding if _is_binary(texts.type) else "utf-8"
-        texts = texts.cast(pa.large_binary()).to_pylist()
-        ids: list[Any] = [None] * len(texts)
+        ids: Iterator[Any] = repeat(None, len(texts))
         if settings.id_field in batch.schema.names:
-            ids = batch.column(settings.id_field).to_pylist()
+            ids = _ids(batch.column(settings.id_field))
         for value, text in zip(ids, texts, strict=True):
-            yield row, (value, text, encoding)
+            yield row, (value, _buffer(text), encoding)
             row += 1
+
+
+def _ids(column: Any) -> Iterator[Any]:
+    """Strings and numbers of Python, None for null; the scalar itself where it is neither."""
+    is_string, is_number = _is_string(column.type), _is_number(column.type)
+    for scalar in column:
+        if not scalar.is_valid:
+            yield None
+        elif is_string:
+            yield _buffer(scalar).to_pybytes().decode("utf-8", "backslashreplace")
+        else:
+            yield scalar.as_py() if is_number else scalar
+
+
+def _buffer(scalar: Any) -> Any:
+    """The bytes of a string, where they lie; None for null."""
+    if not scalar.is_valid:
+        return None
+    return (scalar.value if hasattr(scalar, "index") else scalar).as_buffer()
 
 
 def _columns(schema: Any, name: str, settings: CorpusSettings) -> list[str] | Skipped:
     """The columns to read, or why the file has no documents."""
     field = settings.text_field
+    for wanted in (field, settings.id_field):
+        if schema.names.count(wanted) > 1:
+            return Skipped(0, None, f"doubled column: {wanted!r} in {name!r}")
     if field not in schema.names:
         found = ", ".join(schema.names)
         return Skipped(0, None, f"no text field: {field!r} in {name!r}, which has {found}")
@@ -175,17 +200,36 @@ def _columns(schema: Any, name: str, settings: CorpusSettings) -> list[str] | Sk
 
 
 def _batch_rows(total_bytes: int, rows: int) -> int:
-    """Rows of a batch, so that one of average rows is at most about 16 MiB."""
-    return max(1, min(1024, 2**24 * rows // max(total_bytes, 1)))
+    """Rows of a batch, so that one of average rows is at most about 16 MiB.
+
+    It has few rows at the most: a value that many rows share is stored once, and copied into each.
+    """
+    return max(1, min(16, 2**24 * rows // max(total_bytes, 1)))
 
 
 def _is_string(found: Any) -> bool:
     """Whether an Arrow type is UTF-8 text, whatever its layout."""
-    return str(getattr(found, "value_type", found)) in ("string", "large_string", "string_view")
+    return _plain(found) in _STRINGS
 
 
 def _is_binary(found: Any) -> bool:
-    return str(found) in ("binary", "large_binary", "binary_view")
+    return _plain(found) in _BYTES
+
+
+def _is_number(found: Any) -> bool:
+    return _plain(found).removeprefix("u").startswith(("int", "float", "double"))
+
+
+def _plain(found: Any) -> str:
+    """The name of an Arrow type, or of the values that its dictionary holds."""
+    return str(found.value_type if hasattr(found, "index_type") else found)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow raises where bytes make no sense; ValueError for a name that is not UTF-8."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OSError, ValueError, OverflowError
 
 
 def _damaged(name: str, row: int, error: Exception) -> Skipped:
@@ -247,7 +291,8 @@ def _arrow_files(settings: CorpusSettings) -> tuple[dict[str, str], str | None]:
     if not paths:
         return {}, version
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}, version
+    names = [name_of(os.path.relpath(path, folder)).replace(os.sep, "/") for path in paths]
+    return dict(zip(names, paths, strict=True)), version
 
 
 def _split(data: Any, settings: CorpusSettings) -> Any:

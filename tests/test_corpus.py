@@ -100,7 +100,8 @@ def test_only_what_changes_documents_is_in_the_key() -> None:
         ({"split": "dev"}, "expected one of hash, train"),
         ({"encoding": "utf-9"}, "encoding 'utf-9' is unknown"),
         ({"encoding": "hex"}, "encoding 'hex' is unknown"),
-        ({"max_document_bytes": 0}, "expected at least 1"),
+        ({"max_document_bytes": 0}, "max_document_bytes is 0, expected at least 1"),
+        ({"max_expansion": 0}, "max_expansion is 0, expected at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(options: dict[str, Any], message: str) -> None:
@@ -153,6 +154,11 @@ def test_a_path_may_be_one_file_of_any_name(tmp_path: Path) -> None:
         ("x/**/a.md", "x/a.md", True),
         ("?.md", "ab.md", False),
         ("[ab].md", "b.md", True),
+        ("**/a/**/b", "x/a/a/y/b", True),
+        ("**/a/**/b", "x/y/b", False),
+        ("x/**/**", "x", True),
+        ("**/*.md", "d/" * 2000 + "a.md", True),  # as deep as a path may be
+        ("**/" * 30 + "b", "a/" * 60 + "c", False),  # in no time
         ("*.md", "a.MD", False),
     ],
 )
@@ -190,6 +196,33 @@ def test_special_files_and_links(tmp_path: Path) -> None:
     assert reasons["pipe.txt"] == "not a regular file"
     assert reasons["dangling.txt"] == "cannot be reached: No such file or directory"
     assert "read already" in reasons["self"]
+
+
+def test_links_to_what_cannot_be_are_reported(tmp_path: Path) -> None:
+    make(tmp_path, {"a.txt": b"a"})
+    (tmp_path / "below.txt").symlink_to("a.txt/below")
+    (tmp_path / "long.txt").symlink_to("x" * 300)
+    assert corpus(tmp_path).skipped_files() == [
+        ("below.txt", "cannot be reached: Not a directory"),
+        ("long.txt", "cannot be reached: File name too long"),
+    ]
+
+
+def test_a_path_too_long_to_open_is_reported(tmp_path: Path) -> None:
+    make(tmp_path, {"a.txt": b"a"})
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(20):  # 5,000 bytes, more than PATH_MAX
+            os.mkdir("d" * 250, dir_fd=folder)
+            inner = os.open("d" * 250, os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    finally:
+        os.close(folder)
+    reader = corpus(tmp_path)
+    assert [file.name for file in reader.files()] == ["a.txt"]
+    (skipped,) = reader.skipped_files()
+    assert skipped.reason == "cannot be reached: File name too long"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -372,6 +405,27 @@ def test_a_bad_line_is_skipped_alone(
     assert last == Document(len(before) + len(bad) + 1, "z", "last")
 
 
+def test_how_deep_json_may_be_does_not_depend_on_the_caller(tmp_path: Path) -> None:
+    def nested(levels: int, identity: str) -> bytes:
+        return json.dumps({"id": identity, "text": "t", "m": levels_of(levels)}).encode() + b"\n"
+
+    def levels_of(levels: int) -> Any:
+        value: Any = 0
+        for _ in range(levels):
+            value = [value]
+        return value
+
+    data = nested(99, "a") + nested(100, "b") + nested(900, "c") + b"[" * 900 + b"]" * 900 + b"\n"
+    records = read_one(tmp_path, "a.jsonl", data)
+
+    def called_deep(calls: int) -> list[Document | Skipped]:
+        return called_deep(calls - 1) if calls else read(corpus(tmp_path))
+
+    assert called_deep(400) == records
+    assert [record.id for record in records] == ["a", None, None, None]
+    assert {reason(r) for r in records[1:]} == {"malformed json: nested over 100 deep"}
+
+
 def test_lines_end_at_lf_only(tmp_path: Path) -> None:
     raw = json.dumps({"id": "a", "text": "l\u2028r\x85s\u2029t"}, ensure_ascii=False).encode()
     data = b"\xef\xbb\xbf" + raw + b"\r\n\n   \r\n" + line("b", "next").rstrip()
@@ -514,6 +568,23 @@ def test_memory_is_bounded_whatever_a_document_weighs(
         assert f"too large: {line_bytes} bytes" in reason(records[1])
 
 
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_file_unpacks_to_so_many_times_its_size_and_no_further(
+    tmp_path: Path, packing: str
+) -> None:
+    line_bytes, count = 2**10, 70 * 2**10  # 70 MiB: beyond what is free
+    data = (
+        line("first", "1").ljust(line_bytes - 1) + b"\n" + (b" " * (line_bytes - 1) + b"\n") * count
+    )
+    name = "a.jsonl" + packing
+    make(tmp_path, {name: PACK[packing](data + line("last", "2"))})
+    first, bad = read(corpus(tmp_path))
+    assert first.id == "first"
+    found = f"expands too far: '{name}' unpacks to over {64 * 2**20} bytes, max_expansion 200"
+    assert (reason(bad), bad.position) == (found, 64 * 2**20)
+    assert [r.id for r in read(corpus(tmp_path, max_expansion=10**6))] == ["first", "last"]
+
+
 # ---- ranges --------------------------------------------------------------------------------------
 
 
@@ -626,6 +697,16 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     return sink.getvalue()
 
 
+def doubled_column() -> bytes:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    sink = io.BytesIO()
+    table = arrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
 def test_parquet_rows(tmp_path: Path) -> None:
     data = parquet(
         {"id": [10, None, 12, 13, 14], "text": ["a", "b\r\nc", None, " ", "x" * 99], "n": [0] * 5}
@@ -657,9 +738,56 @@ def test_parquet_types(tmp_path: Path) -> None:
     assert (reason(first), second) == ("undecodable: utf-8 at byte 3", expected[1])
 
 
+def test_parquet_ids(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    broken = arrow.array([b"caf\xe9"]).cast(arrow.large_binary())
+    buffers = [None, *broken.buffers()[1:]]
+    broken = arrow.Array.from_buffers(arrow.large_string(), 1, buffers)  # a string that is none
+    columns = (
+        (broken, "caf\\xe9"),
+        (arrow.array(["a"]).dictionary_encode(), "a"),
+        (arrow.array([7], arrow.uint8()), "7"),
+        (arrow.array([0.5], arrow.float32()), "0.5"),
+    )
+    for column, expected in columns:
+        data = parquet({"id": column, "text": ["t"]})
+        assert only(read_one(tmp_path, "a.parquet", data)) == Document(0, expected, "t")
+    for column in (
+        arrow.array([True]),
+        arrow.array([b"a"]),
+        arrow.array([["a"]]),
+        arrow.array([2**62 + 1], arrow.timestamp("ns")),  # that Python has no value for
+    ):
+        record = only(read_one(tmp_path, "a.parquet", parquet({"id": column, "text": ["t"]})))
+        assert reason(record).startswith("id is not a string or number")
+
+
+def test_a_parquet_value_that_many_rows_share_is_not_held_as_often(tmp_path: Path) -> None:
+    """100 kB that hold a text of 900 kB 2,000 times."""
+    arrow = pytest.importorskip("pyarrow")
+    text = (PARAGRAPH * 20_000)[:900_000]
+    shared = arrow.DictionaryArray.from_arrays(arrow.array([0] * 2000, arrow.int32()), [text])
+    data = parquet({"text": shared}, store_schema=False)
+    assert len(data) < 200_000
+    make(tmp_path, {"a.parquet": data})
+    before = arrow.total_allocated_bytes()
+    held = [
+        arrow.total_allocated_bytes() - before
+        for record in itertools.islice(corpus(tmp_path).records("a.parquet"), 100)
+        if text_of(record) == text
+    ]
+    assert len(held) == 100
+    assert max(held) < 64 * 2**20
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
+        (
+            lambda: parquet({"text": [["a"]] * 9}),
+            "text is not a string: 'text' in 'a.parquet' is list<",
+        ),
+        (lambda: doubled_column(), "doubled column: 'text' in 'a.parquet'"),
         (lambda: parquet({"body": ["a"] * 9}), "no text field: 'text' in 'a.parquet', which has"),
         (
             lambda: parquet({"text": [1] * 9}),

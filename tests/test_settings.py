@@ -27,7 +27,7 @@ from retro_data.tokenizer import TokenizerSettings
 FIELDS: dict[type, tuple[str, str]] = {
     CorpusSettings: (
         "name format text_field id_field encoding encoding_errors on_bad_document "
-        "max_document_bytes hf_config hf_split hf_revision",
+        "max_document_bytes max_expansion hf_config hf_split hf_revision",
         "path glob split",
     ),
     TokenizerSettings: ("vocab_size sample_bytes", "name revision"),

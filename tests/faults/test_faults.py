@@ -15,6 +15,10 @@ FILE = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 FAULTS = 25
 SEED = 0
 
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks at processes in /proc"
+)
+
 
 def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmarks_faults", FILE)
@@ -44,7 +48,7 @@ def test_killed_runs_come_to_the_same_bytes(bench: Any) -> None:
     assert len(hits) >= FAULTS
     assert {outcome.kind for outcome in outcomes if outcome.faults} == set(faults.KINDS)
     assert len({fault.stage for fault in hits}) >= 5
-    assert {"block", "receipt", "finish"} <= {fault.task for fault in hits}
+    assert len({fault.task for fault in hits if fault.task}) >= 4
 
 
 def test_a_difference_is_seen(bench: Any) -> None:

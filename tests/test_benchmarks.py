@@ -1,0 +1,58 @@
+"""Benchmarks run to their end on a small corpus, and what they print is what was made."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_documents, write_jsonl
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+STAGES = ["corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors"]
+
+
+@pytest.mark.slow
+def test_pipeline_measures_every_stage(tmp_path: Path) -> None:
+    documents = make_documents(60)
+    corpus = write_jsonl(tmp_path / "small.jsonl", documents)
+    figures, root = tmp_path / "figures.json", tmp_path / "root"
+    root.mkdir()
+    options = "--encoder tiny --search exact --chunk-size 16 --limit-seconds 0.01".split()
+    files = ["--corpus", corpus, "--root", root, "--json", figures]
+    command = [sys.executable, BENCHMARKS / "pipeline.py", *options, *files]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "RANDOM WEIGHTS" in run.stdout
+    assert not any(root.iterdir())  # it leaves nothing behind
+
+    rows = {row["stage"]: row for row in json.loads(figures.read_text())}
+    assert list(rows) == STAGES
+    assert rows["corpus"]["rows"] == 60
+    assert rows["corpus"]["work"] == sum(len(document["text"]) for document in documents)
+    assert 0 < rows["chunks"]["work"] <= 16 * rows["chunks"]["rows"]
+    for name in ("embeddings", "database", "neighbors"):
+        assert rows[name]["rows"] == rows["chunks"]["rows"]
+    for name, row in rows.items():
+        assert row["seconds"] > 0
+        assert 0 < row["size"] <= row["peak_disk"]
+        assert row["parent"] > 20e6  # a Python with torch
+        assert (row["children"] > 5e6) == (name != "database")  # that one starts none
+        limited = name in ("corpus", "chunks", "embeddings", "neighbors")
+        assert (row["limit"] is not None) == limited
+
+
+def test_pipeline_growth_is_a_row_and_a_unit_of_work(capsys: pytest.CaptureFixture[str]) -> None:
+    module = runpy.run_path(str(BENCHMARKS / "pipeline.py"))
+    mebi = 2**20
+    small = ("chunks", 1_000_000, 10.0, 8.0, 4.0, 1000, "tokens", None, 100 * mebi, 100 * mebi)
+    large = ("chunks", 4_000_000, 80.0, 64.0, 16.0, 8000, "tokens", None, 100 * mebi, 150 * mebi)
+    module["print_growth"](
+        [module["Row"]("small", *small, 1, 1)], [module["Row"]("large", *large, 1, 1)]
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    # wall doubled a row, stayed a token; CPU stayed, blocks halved
+    assert " ".join(line.split()) == "chunks 4.0x 10 s 20 s 2.00 1.00 1.00 0.50 +50 MiB 1.25x"

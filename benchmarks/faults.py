@@ -100,17 +100,27 @@ def nursery(descriptor: int) -> NoReturn:
     while True:
         try:
             order = connection.recv()
-        except EOFError:
+            if isinstance(order, int):
+                connection.send(_wait(connection, order))
+                alive.discard(order)
+            else:
+                process = _fork(connection, *order)
+                alive.add(process)
+                connection.send(process)
+        except (EOFError, OSError):  # nobody is there any more
             for process in alive:
                 kill_group(process)
             os._exit(0)  # taking down what was imported would cost seconds
-        if isinstance(order, int):
-            connection.send(os.waitstatus_to_exitcode(os.waitpid(order, 0)[1]))
-            alive.discard(order)
-        else:
-            process = _fork(connection, *order)
-            alive.add(process)
-            connection.send(process)
+
+
+def _wait(connection: Connection, process: int) -> int:
+    """Exit code of a run, as soon as it ends."""
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if connection.poll(0.002):
+            raise EOFError  # nothing is sent while we wait
 
 
 def _fork(connection: Connection, function: str, log: str, arguments: Arguments) -> int:
@@ -231,7 +241,7 @@ class Trap:
             if hit and self.when != "after":
                 self._spring(name)
             result = real(*arguments, **options)
-            if hit:
+            if hit and self.when == "after":
                 self._spring(name)
             return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ Array = np.ndarray[Any, Any]
 END_OF_TEXT = "<|endoftext|>"
 NEVER_CHOSEN = 1000.0  # below the worst score of a Unigram piece, in nats
 SMALL_VOCABULARY, LARGE_VOCABULARY = 4096, 16384
+_RUN = 1024  # characters; training takes a time that grows with the square of a word's length
+_LONG_RUN = re.compile(rf"\S{{{_RUN}}}|\s{{{_RUN}}}")
 SMALL_CORPUS_BYTES = 32 * 2**20  # of text: a demo; below it the small vocabulary
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -271,7 +274,7 @@ class TokenizerStage:
     """
 
     name = "tokenizer"
-    version = 1
+    version = 2
     resources = Resources(threads=0)
     unit = "tokenizers"
     tolerance = 0.0
@@ -366,7 +369,16 @@ class TokenizerStage:
                     if split_hash(key, self.salt)[0] < 0.5 and left > 0:
                         left -= len(document.text.encode())
                         out.count("training_documents", 1)
-                        yield document.text
+                        yield from _without_long_runs(document.text)
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """A text, cut where a run of letters or of white space is longer than any word."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _read_fast_tokenizer(folder: Path) -> tuple[str, int | None, int | None]:

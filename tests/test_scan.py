@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from conftest import make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_data import pipeline, scan
+from retro_data import artifact, pipeline, scan
 from retro_data.corpus import CorpusSettings, Document, Reader, open_reader
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
@@ -115,6 +116,34 @@ def test_a_large_file_is_cut_and_small_files_are_gathered(
     counts = [len(scanned(tmp_path / n, tmp_path / f"{n}-root")[1].spans) for n in ("one", "many")]
     assert counts[0] == counts[1]
     assert 5 < counts[0] < 40
+
+
+@pytest.mark.parametrize("ids", ["long", "short"])
+def test_documents_of_little_text_make_spans_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: str
+):
+    """A later stage holds the ids of a span beside its texts, and something for each document."""
+    monkeypatch.setattr(scan, "SPAN_BYTES", 4096)
+    count, size = (20, 1000) if ids == "long" else (1000, 3)
+    documents = [{"id": f"{i:0{size}d}", "text": "a"} for i in range(count)]
+    _, corpus = scanned(write_jsonl(tmp_path / "a.jsonl", documents), tmp_path / "root")
+    assert corpus.text_bytes == count
+    assert corpus.spans[:, 4].max() * (1 + size + scan.DOCUMENT_BYTES) < 2 * 4096
+
+
+def test_memory_does_not_grow_with_what_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A few kB may unpack to very many broken lines."""
+    monkeypatch.setattr(artifact, "COPY_BYTES", 2**16)
+    count = 10_000
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n' + b"x\n" * count))
+    tracemalloc.start()
+    _, corpus = scanned(tmp_path / "a.jsonl.zst", tmp_path / "root")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    report = corpus.folder / "skipped.jsonl"
+    assert corpus.manifest["figures"]["skipped"] == count
+    assert len(report.read_bytes().splitlines()) == count
+    assert peak < report.stat().st_size
 
 
 # ---- identity ------------------------------------------------------------------------------------

@@ -343,6 +343,15 @@ def test_a_named_tokenizer_goes_by_its_bytes(
     assert keys[0] == keys[1] != keys[2]
 
 
+@pytest.mark.parametrize("text", ["", "a b", "x" * 5000, "a" + " " * 3000 + "b c" * 900])
+def test_no_run_of_training_text_is_longer_than_any_word(text: str) -> None:
+    """Training takes a time that grows with the square of the longest word."""
+    pieces = list(tokenizer._without_long_runs(text))
+    assert "".join(pieces) == text
+    assert max(len(run) for piece in pieces for run in (*piece.split(), "")) <= 1024
+    assert len(pieces) == 1 + text.count("x" * 1024) + text.count(" " * 1024)
+
+
 def test_a_unigram_model_chooses_no_special_for_text() -> None:
     """As XLM-R and T5 have them: specials among the pieces, with the best score."""
     letters = [(letter, -3.0) for letter in "▁abc</>s"]

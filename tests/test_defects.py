@@ -274,6 +274,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "encoding_errors": "replace",
         "on_bad_document": "raise",
         "max_document_bytes": 1000,
+        "max_expansion": 9,
         "hf_config": "en",
         "hf_split": "train",
         "hf_revision": "main",

@@ -141,7 +141,7 @@ def test_a_chunk_is_full_or_the_last_and_never_empty(
 # ---- hanging, memory and the locale: in processes of their own -----------------------------------
 
 
-def child(program: str, *arguments: Any, timeout: float = 60, **environment: str) -> Any:
+def child(program: str, *arguments: Any, **environment: str) -> Any:
     """What a Python program prints as JSON; its arguments are given in `sys.argv`."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run(
@@ -149,7 +149,7 @@ def child(program: str, *arguments: Any, timeout: float = 60, **environment: str
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -150,6 +150,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("corpus.encoding_errors", "replace", ALL),
     ("corpus.on_bad_document", "raise", ALL),
     ("corpus.max_document_bytes", 1000, ALL),
+    ("corpus.max_expansion", 9, ALL),
     ("corpus.name", "other", ALL),
     ("corpus.split", "train", FROM_DATABASE),
     ("corpus.glob", "*.jsonl", set()),

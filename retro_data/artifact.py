@@ -225,10 +225,18 @@ def open_array(path: Path) -> np.ndarray[Any, Any]:
             read = npy_format.read_array_header_1_0 if old else npy_format.read_array_header_2_0
             shape, fortran, dtype = read(handle)
             offset = handle.tell()
+            handle.seek(0)
+            header = handle.read(offset)
         expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         found = path.stat().st_size
-    except (OSError, ValueError) as error:
-        raise RetroDataError(f"{path} is not a readable .npy file ({error}). {MEND}") from error
+        if not fortran and header != npy_header(dtype, shape):
+            raise ValueError("its header is not as it was written")
+    except FileNotFoundError:
+        raise RetroDataError(f"{path} is missing. {MEND}") from None
+    except Exception as error:  # a damaged header is parsed as Python, and fails in many ways
+        raise RetroDataError(
+            f"{path} is not a readable .npy file ({type(error).__name__}: {error}). {MEND}"
+        ) from error
     if found != expected or fortran or dtype.hasobject:
         raise RetroDataError(
             f"{path}: found {found} bytes, its header (shape {shape}, {dtype}) says {expected}. {MEND}"

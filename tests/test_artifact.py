@@ -231,6 +231,19 @@ def test_a_damaged_array_is_refused_with_the_command_that_mends_it(tmp_path: Pat
         artifact.open_array(path)
 
 
+def test_a_flipped_bit_anywhere_in_a_header_is_refused(tmp_path: Path):
+    path = saved(tmp_path, np.zeros((4, 3), np.float16))
+    whole = path.read_bytes()
+    for bit in range(8 * len(artifact.npy_header(np.dtype(np.float16), (4, 3)))):
+        harmed = bytearray(whole)
+        harmed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        if harmed[: len(whole)] == whole.replace(b"<f2", b">f2"):
+            continue  # a header like any other: a manifest tells it from what was written
+        with pytest.raises(RetroDataError, match=r"array\.npy.*retro-data prepare"):
+            artifact.open_array(path)
+
+
 def test_an_array_of_objects_or_in_fortran_order_is_refused(tmp_path: Path):
     np.save(tmp_path / "fortran.npy", np.asfortranarray(np.ones((3, 4))))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import shutil
 from collections import Counter
@@ -40,7 +39,7 @@ def write_artifact(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> Pa
         artifact.save_array(folder / file, array)
         entries[file] = {"dtype": array.dtype.str, "shape": list(array.shape)}
     manifest = {"arrays": entries, "fields": {"name": name}, "key": folder.name}
-    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
+    artifact.write_record(folder / artifact.MANIFEST, manifest)
     return folder
 
 

@@ -194,7 +194,7 @@ def write_artifact(folder: Path, arrays: dict[str, Array], **manifest: Any) -> N
     for name, array in arrays.items():
         np.save(folder / name, array)
         entries[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
-    artifact.write_json(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
+    artifact.write_record(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
 
 
 def test_blocks_beyond_five_digits_stay_in_order(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_data import artifact, index_factory, store
+from retro_data import artifact, index_factory, integrity, store
 from retro_data.database import DatabasePlace
 from retro_data.engines.inline import InlineEngine
 from retro_data.errors import RetroDataError
@@ -63,7 +63,7 @@ def write_artifact(folder: Path, arrays: dict[str, Array], **manifest: Any) -> N
     for name, array in arrays.items():
         artifact.save_array(folder / name, array)
         entries[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
-    artifact.write_json(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
+    artifact.write_record(folder / artifact.MANIFEST, {"arrays": entries, **manifest})
 
 
 def make_database(
@@ -519,7 +519,7 @@ def test_a_finished_index_is_whole_and_a_damaged_one_is_told(
 ) -> None:
     folder = tmp_path / "index"
     _, manifest = build(place, folder, factory="IVF16,Flat")
-    assert artifact.damage(folder, manifest) == []
+    assert integrity.damage(folder, read=True) == []
     with pytest.raises(RetroDataError, match="its manifest says 5"):
         load_index(folder, {**manifest, "rows": 5})
     with pytest.raises(RetroDataError, match="dimension 16"):

@@ -382,6 +382,25 @@ class Lease:
             "from the blocks that are done."
         )
 
+    def remove(self, path: Path) -> None:
+        """Remove a file of the artifact, unless the lease was lost: then it is another's by now.
+
+        It is moved aside before the look: whoever was frozen between look and removal would take
+        away, on waking, what another had made meanwhile.
+        """
+        aside = path.with_name(f"{TEMPORARY}{_process()}-{uuid.uuid4().hex}")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        try:
+            self.check()
+        except LeaseLost:
+            _link(aside, path)
+            raise
+        finally:
+            aside.unlink(missing_ok=True)
+
     def _content(self) -> bytes:
         return canonical_json(
             {
@@ -516,6 +535,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it is another user's
+        pass
     return True

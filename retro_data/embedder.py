@@ -236,11 +236,10 @@ class Embedder:
             (n, dim) float16, a row of zeros where a text has no tokens, and the number of tokens
             that the encoder's limit cut off.
         """
-        if (
-            len(ragged.ids) and ragged.ids.max() >= self.words
-        ):  # a kernel would read beyond its table
+        largest = int(ragged.ids.max(initial=0))
+        if largest >= self.words:  # a kernel would read beyond its table
             raise RetroDataError(
-                f"the embedder's tokenizer gave token {ragged.ids.max()}, its model knows "
+                f"the embedder's tokenizer gave token {largest}, its model knows "
                 f"{self.words}: they are not of one encoder. Set embedder.name to the folder of one."
             )
         kept = np.minimum(ragged.sizes, self.limit)

@@ -52,7 +52,7 @@ class EmbeddingStage:
     """
 
     name = "embeddings"
-    version = 1
+    version = 2
     # While the files of one block are written, the GPU makes the next.
     resources = Resources(gpu=True, threads=0, blocks_at_once=2)
     unit = "chunks"

@@ -192,6 +192,11 @@ class Search:
             return found
         return self._on_cpu(queries, k, excluded)
 
+    @property
+    def on_gpu_whole(self) -> bool:
+        """Whether a GPU holds the whole database, so that `of_itself` halves the products."""
+        return self.gpu is not None and bool(self.gpu.is_resident)
+
     def of_itself(
         self,
         k: int,
@@ -250,7 +255,7 @@ class SelfSearch:
         _check_documents(excluded, total)
         self.excluded = excluded
         self.pairs: Any = None
-        if search.gpu is not None and search.gpu.is_resident and start < stop:
+        if search.on_gpu_whole and start < stop:
             from retro_data.exact_triton import AllPairs
 
             self.pairs = AllPairs(search.gpu, k, excluded, start, stop)

@@ -65,8 +65,6 @@ def _file_damage(path: Path, entry: Mapping[str, Any], read: bool) -> list[str]:
 
 
 def _array_damage(path: Path, entry: Mapping[str, Any], read: bool) -> list[str]:
-    if not path.exists():
-        return [f"{path} is missing"]
     try:
         array = artifact.open_array(path)
     except RetroDataError as error:
@@ -101,6 +99,15 @@ def _rows_digest(path: Path, array: np.ndarray[Any, Any], start: int, count: int
 # ---- repair --------------------------------------------------------------------------------------
 
 
+def plan_is_damaged(folder: Path) -> bool:
+    """Whether an unfinished artifact's plan is there and says nothing: it must begin again."""
+    try:
+        receipts.read_plan(folder)
+    except RetroDataError:
+        return True
+    return False
+
+
 def reopen(folder: Path, key: str, lease: Lease) -> list[Receipt]:
     """Turn a damaged artifact into an unfinished one that keeps every block that is whole.
 
@@ -114,8 +121,7 @@ def reopen(folder: Path, key: str, lease: Lease) -> list[Receipt]:
         known = receipts.read_receipts(folder) if receipts.read_plan(folder, key) else []
     except RetroDataError as error:
         log.warning("%s; all of its blocks are made again", error)
-        lease.check()
-        (folder / artifact.PLAN).unlink()
+        lease.remove(folder / artifact.PLAN)
         known = []
     known.sort(key=lambda receipt: receipt.block)
     recovered = {name for names in _recovered(folder, known) for name in names}
@@ -124,8 +130,7 @@ def reopen(folder: Path, key: str, lease: Lease) -> list[Receipt]:
     ]
     lease.check()
     receipts.replace_receipts(folder, whole)
-    lease.check()
-    (folder / artifact.MANIFEST).unlink(missing_ok=True)
+    lease.remove(folder / artifact.MANIFEST)
     log.warning("%s: %d of %d blocks are whole and kept", folder, len(whole), len(known))
     return [receipt for receipt in known if receipt not in whole]
 
@@ -166,7 +171,7 @@ def _cut_out(
 ) -> Iterator[str]:
     try:
         array = artifact.open_array(folder / array_name)
-    except (RetroDataError, FileNotFoundError):
+    except RetroDataError:
         return
     shapes = [(entry["dtype"], entry["shape"][1:]) for _, entry in entries]
     if any(shape != (array.dtype.str, list(array.shape[1:])) for shape in shapes):

@@ -82,7 +82,7 @@ class NeighborContext:
     database: Database
     index: SearchIndex | None
     exact: Search
-    itself: SelfSearch | None  # where the queries are rows of the database
+    itself: SelfSearch | None  # where the queries are rows of a database that a GPU holds
     first_row: int  # of the query store in the database, if it is there
 
 
@@ -121,7 +121,8 @@ class NeighborStage:
         self.database = database
         self.search = search
         self.index = index
-        self.resources = Resources(gpu=search == "exact", threads=0, in_runs=True)
+        exact = search == "exact"
+        self.resources = Resources(gpu=exact, threads=0, in_runs=exact)
 
     def key_fields(self) -> dict[str, Any]:
         return {
@@ -153,8 +154,11 @@ class NeighborStage:
             memory_bytes=self.settings.memory,
         )
         itself, first_row = None, 0
-        if index is None and (self.chunks[0], self.embeddings) in self._stores():
-            place = self._stores().index((self.chunks[0], self.embeddings))
+        stores = list(zip(self.database.chunks, self.database.embeddings, strict=True))
+        queries = (self.chunks[0], self.embeddings)
+        # Elsewhere nothing is gained by it, and the table of documents would grow with the database.
+        if index is None and exact.on_gpu_whole and queries in stores:
+            place = stores.index(queries)
             first_row, stop = database.first_rows[place : place + 2]
             own = database.own_documents(np.arange(database.first_rows[-1]))
             itself = exact.of_itself(self.settings.num_stored, own, first_row, stop)
@@ -164,22 +168,19 @@ class NeighborStage:
             )
         )
 
-    def _stores(self) -> list[tuple[Path, tuple[Path, str]]]:
-        """Chunks and embeddings of the stores of the database, in order."""
-        return list(zip(self.database.chunks, self.database.embeddings, strict=True))
-
     def make(self, context: NeighborContext, block: Block, out: BlockWriter) -> None:
         chunks, database = context.queries, context.database
         document = chunks.document_of_chunk[block.start : block.stop]
         own = database.rows_of_documents(chunks.documents.keys[document])
-        queries = context.vectors.rows(block.start, block.stop)
-        if context.index is not None:
-            found = self._by_index(context, context.index, queries, own, out)
-        elif context.itself is not None:
+        if context.itself is not None:
             first = context.first_row
             found = context.itself.rows(first + block.start, first + block.stop)
         else:
-            found = context.exact(queries, self.settings.num_stored, own)
+            queries = context.vectors.rows(block.start, block.stop)
+            if context.index is not None:
+                found = self._by_index(context, context.index, queries, own, out)
+            else:
+                found = context.exact(queries, self.settings.num_stored, own)
         self._count(found, own, _is_last_of_document(chunks, document, block), out)
         wide = database.shape[0] >= 2**31
         ids = found.ids.astype(np.int64 if wide else np.int32)

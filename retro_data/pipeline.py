@@ -286,11 +286,11 @@ def prepare(settings: Settings, engine: Engine | None = None, *, verify: bool = 
     engine = engine or LocalEngine(settings.engine)
     made, found = [], []
     for step in steps(settings, read_all=verify):
-        whole = not integrity.damage(step.folder, read=verify, key=step.key)
-        if not whole:
+        finished = store.is_finished(step.folder)
+        if not finished:
             log.info("%s: preparing %s", step.title, step.folder)
-        manifest = complete(step.stage, step.folder, engine, verify=verify and not whole)
-        if not whole:
+        manifest = complete(step.stage, step.folder, engine, verify=verify)
+        if not finished:
             seconds = manifest["wall_seconds_of_last_run"]
             log.info("%s: %s rows in %.1f s", step.title, manifest.get("rows"), seconds)
             made.append(step)

@@ -360,7 +360,10 @@ def _is_deep(value: Any) -> bool:
 def _lines(
     stream: ByteStream, pieces: Iterator[bytes], position: int, limit: int
 ) -> Iterator[Item]:
-    """Position and bytes of each line, without its LF; a `Skipped` for one beyond `limit` bytes."""
+    """Position and bytes of each line, without its LF; a `Skipped` for one beyond `limit` bytes.
+
+    Empty lines are left out here, at no cost: a small file may unpack to very many.
+    """
     parts: list[bytes] = []  # of the line that is not yet at its end; none beyond the limit
     size = 0
     with closing(stream):
@@ -371,7 +374,7 @@ def _lines(
                 line = b"".join((*parts, end)) if parts else end
                 if size > limit:
                     yield position, too_large(position, None, str(size), limit)
-                else:
+                elif line:
                     yield position, line
                 position += size + 1
                 size = 0

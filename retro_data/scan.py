@@ -162,7 +162,7 @@ class CorpusStage:
     """
 
     name = "corpus"
-    version = 1
+    version = 2
     resources = Resources(threads=1)
     unit = "bytes"
     tolerance = 0.0
@@ -261,9 +261,8 @@ class CorpusStage:
         doubled = order[1:][records[order][1:] == records[order][:-1]]
         if not len(doubled):
             return
-        examples = ", ".join(
-            repr(_document_at(self, spans, int(d)).id) for d in np.sort(doubled)[:5]
-        )
+        found = [_document_at(self, spans, int(d)).id for d in np.sort(doubled)[:5]]
+        examples = ", ".join(map(repr, dict.fromkeys(found)))
         raise RetroDataError(
             f"corpus {self.settings.name}: {len(doubled)} documents have an id that another document "
             f"has too, e.g. {examples}. A document's id must be its own, or neighbours could come "

@@ -376,9 +376,8 @@ class ByteStream:
         else:
             new = zstandard.ZstdDecompressor().decompressobj
             unpacked = self._unpack(new, _ZSTD_FEED, (), zstandard.ZstdError)
-        for (
-            large
-        ) in unpacked:  # up to 32 MiB of zstd, which whoever cuts it into lines would multiply
+        # Up to 32 MiB of zstd at a time, which whoever cuts it into lines would multiply.
+        for large in unpacked:
             for start in range(0, len(large), _PIECE):
                 piece = large[start : start + _PIECE]
                 if len(piece) > left:

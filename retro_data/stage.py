@@ -207,6 +207,8 @@ def _finish(stage: Stage, folder: Path, engine: Engine, verify: bool) -> None:
             if not _damage(stage, folder, verify):
                 return
             damaged = integrity.reopen(folder, stage_key(stage), lease)
+        elif integrity.plan_is_damaged(folder):
+            integrity.reopen(folder, stage_key(stage), lease)
         try:
             _complete_under_lease(stage, folder, engine, lease)
         except Exception:
@@ -270,8 +272,7 @@ def _remove_unproven(folder: Path, receipts: Iterable[Receipt], lease: Lease) ->
         name = path.relative_to(folder).as_posix()
         kept = name in proven or name in (artifact.PLAN, artifact.RECEIPTS)
         if not kept and not name.startswith(artifact.LEASE) and not path.is_dir():
-            lease.check()
-            path.unlink(missing_ok=True)
+            lease.remove(path)
 
 
 def _planned_blocks(stage: Stage, folder: Path) -> list[Block]:

@@ -344,6 +344,21 @@ def lease(folder: Path, stale_seconds: float = 60.0) -> Lease:
     return Lease(folder, give_up=finished.exists, **options)
 
 
+def test_a_removal_under_a_lost_lease_is_undone(tmp_path: Path):
+    path = tmp_path / "array.npy"
+    with artifact.Lease(tmp_path) as lease:
+        path.write_bytes(b"ours")
+        lease.remove(path)
+        lease.remove(path)  # there is none: nothing to do
+        assert names(tmp_path) == ["lease.json"]
+        path.write_bytes(b"of whoever took over")
+        lease.path.unlink()
+        with pytest.raises(artifact.LeaseLost):
+            lease.remove(path)
+        assert path.read_bytes() == b"of whoever took over"
+        assert names(tmp_path) == ["array.npy"]
+
+
 def test_a_lease_ends_with_its_block(tmp_path: Path):
     with lease(tmp_path) as first:
         first.check()

@@ -169,6 +169,17 @@ def test_parts_left_by_a_kill_after_the_manifest_are_removed_later(folder: Path,
     assert squares(folder) == EXPECTED
 
 
+def test_an_unfinished_artifact_whose_plan_is_damaged_begins_again(folder: Path, diary: Path):
+    whole = interrupted(folder, diary, 6)
+    plan = folder / "plan.json"
+    plan.write_bytes(plan.read_bytes().replace(b"10", b"11", 1))
+    diary.unlink()
+    complete(whole, folder, InlineEngine())
+    assert blocks_made(diary) == list(range(10))
+    assert integrity.damage(folder, read=True) == []
+    assert squares(folder) == EXPECTED
+
+
 def test_a_folder_of_another_key_is_refused(folder: Path, diary: Path):
     interrupted(folder, diary, 6)
     with pytest.raises(RetroDataError, match=r"plan\.json belongs to key .*retro-data prepare"):

@@ -116,9 +116,14 @@ def _datamodule(options: argparse.Namespace) -> RetroDataModule:
 def _plan(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
     from retro_data.plan import plan
 
+    ours = logging.getLogger("retro_data")
+    level = ours.level
     if not options.verbose:
-        logging.getLogger("retro_data").setLevel(logging.WARNING)  # of the sample's own stages
-    found = plan(datamodule.settings())
+        ours.setLevel(logging.WARNING)  # of the sample's own stages
+    try:
+        found = plan(datamodule.settings())
+    finally:
+        ours.setLevel(level)
     print(
         f"{found.documents:,} documents, {_size(found.text_bytes)} of text, {found.tokens:,} tokens, "
         f"{found.chunks:,} chunks (from a sample of {_size(found.sampled_bytes)}); neighbors by "

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import zstandard
+from backports.zstd import ZstdDecompressor, ZstdError
 
 from retro_data.corpus import SkippedFile, SourceFile
 from retro_data.errors import RetroDataError
@@ -317,15 +317,32 @@ def _modified_ns(info: dict[str, Any]) -> int:
 # ---- streams -------------------------------------------------------------------------------------
 
 _PIECE = 256 * 1024
+_FEED = 16 * 1024  # stored bytes given to a decompressor at a time
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
-_GZIP_FEED = 64 * 1024
-_ZSTD_FEED = 1024  # a zstd block of 4 bytes may unpack to 128 KiB, so this many to 32 MiB
 _FREE_EXPANSION = 64 * 2**20  # no harm, whatever its ratio
 
 
-def _gunzip() -> Any:
-    return zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+class _Gunzip:
+    """One member of a gzip file, with the methods of the standard library's other decompressors."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
 
 
 class ByteStream:
@@ -371,55 +388,38 @@ class ByteStream:
         """The unpacked bytes, up to what the file may unpack to."""
         limit = left = max(_FREE_EXPANSION, self._max_expansion * self.size())
         self._file.seek(0)
-        if self.compression == "gzip":
-            unpacked = self._unpack(_gunzip, _GZIP_FEED, (_PIECE,), zlib.error)
-        else:
-            new = zstandard.ZstdDecompressor().decompressobj
-            unpacked = self._unpack(new, _ZSTD_FEED, (), zstandard.ZstdError)
-        # Up to 32 MiB of zstd at a time, which whoever cuts it into lines would multiply.
-        for large in unpacked:
-            for start in range(0, len(large), _PIECE):
-                piece = large[start : start + _PIECE]
-                if len(piece) > left:
-                    yield piece[:left]
-                    self.damage = (
-                        f"expands too far: {self._name!r} unpacks to over {limit} bytes, "
-                        f"max_expansion {self._max_expansion}"
-                    )
-                    return
-                left -= len(piece)
-                yield piece
+        for piece in self._unpacked():
+            if len(piece) > left:
+                yield piece[:left]
+                self.damage = (
+                    f"expands too far: {self._name!r} unpacks to over {limit} bytes, "
+                    f"max_expansion {self._max_expansion}"
+                )
+                return
+            left -= len(piece)
+            yield piece
 
-    def _unpack(
-        self, new: Callable[[], Any], feed: int, bound: tuple[int, ...], failure: type[Exception]
-    ) -> Iterator[bytes]:
-        """Unpack members (gzip) or frames (zstd) that follow each other, zeros between allowed.
-
-        Args:
-            new: makes the decompressor of one member.
-            feed: stored bytes that it is given at a time.
-            bound: most bytes that it may return at a time, where it knows such a bound. zstandard
-                does not, so it is fed little (its own stream reader takes a truncated file for a
-                whole one).
-            failure: what it raises.
-        """
+    def _unpacked(self) -> Iterator[bytes]:
+        """Members (gzip) or frames (zstd) that follow each other, zeros between allowed."""
+        new: Callable[[], Any] = _Gunzip if self.compression == "gzip" else ZstdDecompressor
         member: Any = None
-        data = b""
-        while data or (data := self._file.read(feed)):
+        data = self._file.read(_FEED)
+        while data or (member is not None and not member.needs_input):
             if member is None:
                 data = data.lstrip(b"\0")
-                if not data:
-                    continue
-                member = new()
-            try:
-                piece = member.decompress(data, *bound)
-            except failure as error:
-                self.damage = f"damaged {self.compression}: {self._name!r}: {error}"
-                return
-            data = member.unconsumed_tail
-            if member.eof:
-                member, data = None, member.unused_data
-            if piece:
-                yield piece
+                member = new() if data else None
+            if member is not None:
+                try:
+                    piece = member.decompress(data, _PIECE)
+                except (zlib.error, ZstdError) as error:
+                    self.damage = f"damaged {self.compression}: {self._name!r}: {error}"
+                    return
+                data = b""
+                if member.eof:
+                    member, data = None, member.unused_data
+                if piece:
+                    yield piece
+            if not data and (member is None or member.needs_input):
+                data = self._file.read(_FEED)
         if member is not None:
             self.damage = f"truncated {self.compression}: {self._name!r} ends too early"

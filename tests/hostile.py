@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
+from backports import zstd
 
 from retro_data import store
 from retro_data.corpus import CorpusSettings, Document, Reader, open_reader
@@ -302,18 +302,16 @@ COMPRESSED = {
     "no gzip, named so": lines(GOOD + MORE, TWO, name="a.jsonl.gz"),
     "gzip, named otherwise": kept(TEXT, gzip.compress(TEXT.encode())),
     "a gzip bomb": left_out("too large", gzip.compress(b" " * 50_000_000), name="b.txt.gz"),
-    "zstd": kept(TEXT, zstandard.compress(TEXT.encode()), name="a.txt.zst"),
-    "zstd lines": lines(zstandard.compress(GOOD + MORE), TWO, name="a.jsonl.zst"),
-    "two frames": lines(
-        zstandard.compress(GOOD) + zstandard.compress(MORE), TWO, name="a.jsonl.zst"
-    ),
+    "zstd": kept(TEXT, zstd.compress(TEXT.encode()), name="a.txt.zst"),
+    "zstd lines": lines(zstd.compress(GOOD + MORE), TWO, name="a.jsonl.zst"),
+    "two frames": lines(zstd.compress(GOOD) + zstd.compress(MORE), TWO, name="a.jsonl.zst"),
     "zstd cut off": Case(
-        {"a.jsonl": GOOD, "b.jsonl.zst": zstandard.compress(line(text=noise(9000).hex()))[:-2000]},
+        {"a.jsonl": GOOD, "b.jsonl.zst": zstd.compress(line(text=noise(9000).hex()))[:-2000]},
         ONE,
         (("b.jsonl.zst", "truncated zstd"),),
         bad="truncated zstd",
     ),
-    "a zstd bomb": left_out("too large", zstandard.compress(b" " * 50_000_000), name="b.txt.zst"),
+    "a zstd bomb": left_out("too large", zstd.compress(b" " * 50_000_000), name="b.txt.zst"),
     "blanks beyond max_expansion": lines(
         gzip.compress(GOOD + b" " * 2**27), ONE, "expands too far", name="a.jsonl.gz"
     ),

@@ -90,12 +90,12 @@ def test_a_corpus_that_is_not_read_to_its_end_is_reckoned_with(
 ) -> None:
     import gzip
 
-    import zstandard
+    from backports import zstd
 
     packed = {
         ".jsonl": lambda data: data,
         ".jsonl.gz": gzip.compress,
-        ".jsonl.zst": zstandard.compress,
+        ".jsonl.zst": zstd.compress,
     }[suffix]
     plain = write_jsonl(tmp_path / "plain", make_documents(4000, longest=800))
     for i in range(4):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
+from backports import zstd
 from conftest import make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +64,7 @@ def write_layout(folder: Path, files: list[list[str]], layout: str) -> None:
         elif layout == "gz":
             (folder / f"{i}.jsonl.gz").write_bytes(gzip.compress(content))
         elif layout == "zst":
-            (folder / f"{i}.jsonl.zst").write_bytes(zstandard.compress(content))
+            (folder / f"{i}.jsonl.zst").write_bytes(zstd.compress(content))
 
 
 @pytest.mark.parametrize("layout", ["plain", "gz", "zst", "text"])
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_what_is_skipped(tmp_path: Path, monkeypatch: 
     """A few kB may unpack to very many broken lines."""
     monkeypatch.setattr(artifact, "COPY_BYTES", 2**16)
     count = 10_000
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n' + b"x\n" * count))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(b'{"text": "a"}\n' + b"x\n" * count))
     tracemalloc.start()
     _, corpus = scanned(tmp_path / "a.jsonl.zst", tmp_path / "root")
     _, peak = tracemalloc.get_traced_memory()

@@ -30,6 +30,7 @@ from retro_data import artifact, store
 from retro_data.dataset import RetroDataset, collate
 from retro_data.pipeline import PreparedCorpus
 from retro_data.sampler import GlobalOrderSampler
+from retro_data.sequences import SequencePlan
 from retro_data.splits import SPLITS
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 
@@ -103,6 +104,7 @@ def classic_dataset(root: Path, dataset: RetroDataset) -> Any:
     tokens[chunks.documents.first_chunk[1:] - 1, CHUNK] = CLASSIC_EOS
     ids = dataset.neighbor_ids()[0]
     assert ids is not None
+    assert isinstance(dataset.plan, SequencePlan)
     knn = np.full((rows + padding, dataset.num_neighbors), -1, np.int32)
     knn[:rows] = ids[:, : dataset.num_neighbors]
     arrays = {"chunks": tokens, "knn": knn, "sequences": dataset.plan.first.astype(np.int32)}

@@ -34,6 +34,7 @@ from retro_data.dataset import RetroDataset, collate
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import Prepared, Settings
 from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
+from retro_data.sequences import MODES
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class RetroDataModule(_LightningDataModule):
         prepare: "build" brings the artifacts up to date with the corpus; "verify" never builds and
             names the command that does; "auto" verifies where root is read-only, else builds.
         seq_len: tokens of a sequence, whole chunks.
-        mode: "document": one document a sequence, the end padded.
+        mode: "document": one document a sequence, the end padded; "packed": training sequences are
+            filled with whole chunks of several documents. Evaluation is of one document a sequence.
         num_neighbors: neighbors of each chunk, at most `neighbors.num_stored`; 0 reads none.
         eval_stride: tokens by which evaluation moves on, whole chunks; None: half of seq_len.
         batch_size: sequences a rank and step in training.
@@ -149,6 +151,8 @@ class RetroDataModule(_LightningDataModule):
                 self.hparams[name] = getattr(self, name)
         if prepare not in PREPARE:
             raise RetroDataError(f"prepare={prepare!r}; expected one of {', '.join(PREPARE)}.")
+        if mode not in MODES:
+            raise RetroDataError(f"mode={mode!r}; expected one of {', '.join(MODES)}.")
         self.prepare = prepare
         self.chunk_size = chunk_size
         self.seq_len, self.mode = seq_len, mode
@@ -173,6 +177,8 @@ class RetroDataModule(_LightningDataModule):
             on_gpu = self.trainer.strategy.root_device.type == "cuda"
             devices = list(self.trainer.device_ids) if on_gpu else []
             groups["engine"] = {**(groups["engine"] or {}), "devices": devices}
+        if self.mode == "packed":
+            groups["packing"] = {"seq_len": self.seq_len}
         return Settings.create(self.root, self.corpus, chunk_size=self.chunk_size, **groups)
 
     @property
@@ -219,7 +225,7 @@ class RetroDataModule(_LightningDataModule):
                 eos_id=self.eos_id,
                 num_neighbors=self.num_neighbors,
                 eval_stride=None if split == "train" else self._eval_stride(),
-                mode=self.mode,
+                mode=self.mode if split == "train" else "document",
             )
         return self._datasets[split]
 

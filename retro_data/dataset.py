@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from retro_data.errors import RetroDataError
+from retro_data.sequences import MODES, PackedPlan, SequencePlan, plan_documents, whole_chunks
 from retro_data.splits import SPLITS
 from retro_data.store import ChunkStore, DatabaseStores
 
@@ -43,72 +43,6 @@ Array = np.ndarray[Any, Any]
 Batch = dict[str, Tensor]
 
 NO_LABEL = -100
-MODES = ("document",)
-
-
-# ---- which chunks make which sequence ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SequencePlan:
-    """Sequences as runs of consecutive chunk rows.
-
-    Attributes:
-        first: (S,) int64, row of each sequence's first chunk.
-        chunks: (S,) int32, number of its chunks, at least 1.
-        unscored: (S,) int32, leading chunks that are context only: their labels are scored by an
-            earlier sequence. None where every label is scored.
-    """
-
-    first: Array
-    chunks: Array
-    unscored: Array | None = None
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
-        """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and of -1."""
-        position = np.arange(chunks_per_sequence)
-        rows: Array = self.first[indices][:, None] + position
-        rows[position >= self.chunks[indices][:, None]] = -1
-        rows[indices < 0] = -1
-        return rows
-
-
-def plan_documents(
-    first_chunk: Array, num_chunks: Array, chunks_per_sequence: int, stride: int | None = None
-) -> SequencePlan:
-    """Sequences of one document each; a document longer than a sequence makes several.
-
-    Without a stride, each chunk lies in exactly one sequence. With one, for evaluation, sequences
-    overlap: each ends `stride` chunks after the one before, or where the document ends, and is
-    as long as it can be, so that each label is scored exactly once, by the sequence that first
-    reaches it, with at least `chunks_per_sequence - stride` chunks of context after the first.
-
-    Args:
-        first_chunk: (D,) row of each document's first chunk.
-        num_chunks: (D,) chunks of each document; 0 makes no sequence.
-        chunks_per_sequence: at least 1.
-        stride: chunks, from 1 to chunks_per_sequence.
-    """
-    num_chunks = np.asarray(num_chunks, np.int64)
-    beyond = np.maximum(num_chunks - chunks_per_sequence, 0)
-    more = -(-beyond // (stride or chunks_per_sequence))
-    sequences = np.where(num_chunks > 0, 1 + more, 0)
-    document = np.repeat(np.arange(len(num_chunks)), sequences)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
-    if stride is None:
-        start = number * chunks_per_sequence
-        stop = np.minimum(start + chunks_per_sequence, num_chunks[document])
-        unscored = None
-    else:
-        reached = chunks_per_sequence + (number - 1) * stride  # by the sequence before
-        stop = np.minimum(reached + stride, num_chunks[document])
-        start = np.maximum(stop - chunks_per_sequence, 0)
-        unscored = np.where(number > 0, reached - start, 0).astype(np.int32)
-    first = np.asarray(first_chunk, np.int64)[document] + start
-    return SequencePlan(first, (stop - start).astype(np.int32), unscored)
 
 
 # ---- reading chunks ------------------------------------------------------------------------------
@@ -307,7 +241,8 @@ class RetroDataset(Dataset[Batch]):
         num_neighbors: neighbors of each chunk, the nearest of those stored; 0 reads none.
         eval_stride: tokens, whole chunks. None, for training: every token is in one sequence. Else,
             for evaluation: sequences overlap and each label is scored once (`plan_documents`).
-        mode: "document": one document a sequence.
+        mode: "document": one document a sequence. "packed", for training: whole chunks of several
+            documents, as `PreparedCorpus.sequences` has them.
 
     Raises:
         RetroDataError: a setting does not fit the chunk size, the stored neighbors or the corpora.
@@ -334,20 +269,24 @@ class RetroDataset(Dataset[Batch]):
         self.seq_len = seq_len
         self.pad_id, self.eos_id = pad_id, eos_id
         self.num_neighbors = num_neighbors
-        self.chunks_per_sequence = _whole_chunks("seq_len", seq_len, self.chunk_size)
+        self.chunks_per_sequence = whole_chunks("seq_len", seq_len, self.chunk_size)
         stride = None
         if eval_stride is not None:
-            stride = _whole_chunks("eval_stride", eval_stride, self.chunk_size)
+            stride = whole_chunks("eval_stride", eval_stride, self.chunk_size)
             if stride > self.chunks_per_sequence:
                 raise RetroDataError(
                     f"eval_stride={eval_stride} is longer than seq_len={seq_len}: labels between "
                     "two sequences would be scored by neither. Make it at most seq_len."
                 )
-        if mode not in MODES:
-            raise RetroDataError(f"mode={mode!r} is not offered; there is {', '.join(MODES)}.")
         documents = [_documents_of(corpus, split) for corpus in corpora]
         self._is_read = [len(rows) > 0 for rows in documents]
-        self.plan = self._plan(documents, stride)
+        self.plan: SequencePlan | PackedPlan
+        if mode == "packed":
+            self.plan = self._packed_plan(corpora)
+        elif mode == "document":
+            self.plan = self._plan(documents, stride)
+        else:
+            raise RetroDataError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
         self._layouts: dict[int, Any] = {}  # of batches, by their size
         self._check_neighbors()
 
@@ -362,6 +301,25 @@ class RetroDataset(Dataset[Batch]):
         return plan_documents(
             np.concatenate(first), np.concatenate(count), self.chunks_per_sequence, stride
         )
+
+    def _packed_plan(self, corpora: Sequence[PreparedCorpus]) -> PackedPlan:
+        tables, first_rows = [], []
+        for corpus, first_row, is_read in zip(
+            corpora, self.chunks.first_rows[:-1], self._is_read, strict=True
+        ):
+            if not is_read:
+                continue
+            table = corpus.sequences
+            if table is None or table.shape[1] != self.chunks_per_sequence or self.split != "train":
+                found = "none" if table is None else f"sequences of {table.shape[1]} chunks"
+                raise RetroDataError(
+                    f"mode=packed reads packed sequences of {self.chunks_per_sequence} chunks of the "
+                    f"split train; found {found} for {corpus.chunks.name}, split {self.split}. Run "
+                    "`retro-data prepare` with mode=packed and this seq_len."
+                )
+            tables.append(table)
+            first_rows.append(first_row)
+        return PackedPlan(tables, first_rows)
 
     def _check_neighbors(self) -> None:
         if self.num_neighbors == 0:
@@ -505,16 +463,6 @@ def _documents_of(corpus: PreparedCorpus, split: str) -> Array:
     if split not in SPLITS:
         raise RetroDataError(f"split={split!r}; expected one of {', '.join(SPLITS)}.")
     return np.flatnonzero(corpus.split_of_document == SPLITS.index(split))
-
-
-def _whole_chunks(name: str, tokens: int, chunk_size: int) -> int:
-    if tokens < chunk_size or tokens % chunk_size:
-        raise RetroDataError(
-            f"{name}={tokens} is not a multiple of chunk_size={chunk_size}: sequences are made of "
-            f"whole chunks. Take {max(round(tokens / chunk_size), 1) * chunk_size}, or another "
-            "chunk_size."
-        )
-    return tokens // chunk_size
 
 
 # ---- between processes and to other models -------------------------------------------------------

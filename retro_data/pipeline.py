@@ -1,6 +1,6 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors (─► packing)
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
@@ -30,11 +30,13 @@ from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
 from retro_data.neighbors import NeighborSettings, NeighborStage
+from retro_data.packing import PackingSettings, PackingStage
 from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
+from retro_data.sequences import whole_chunks
 from retro_data.splits import SplitSettings, split_of_documents
 from retro_data.stage import Engine, Stage, complete, stage_key
-from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, packed_sequences
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Settings:
     database: DatabaseSettings
     index: IndexSettings
     neighbors: NeighborSettings
+    packing: PackingSettings | None  # None: no sequences are packed
     engine: EngineSettings
 
     @classmethod
@@ -74,6 +77,7 @@ class Settings:
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
+        packing: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | None = None,
     ) -> Settings:
         """Settings from plain mappings, as Hydra or a caller gives them.
@@ -82,6 +86,7 @@ class Settings:
             root: folder of all artifacts.
             corpus: one corpus, or several; each with at least `name` and `path`.
             chunk_size: tokens of a chunk.
+            packing: None where no sequences are to be packed.
 
         Raises:
             RetroDataError: a setting that does not exist, or a value that cannot be.
@@ -99,6 +104,7 @@ class Settings:
             database=_group(DatabaseSettings, "database", database),
             index=_group(IndexSettings, "index", index),
             neighbors=_group(NeighborSettings, "neighbors", neighbors),
+            packing=None if packing is None else _group(PackingSettings, "packing", packing),
             engine=_group(EngineSettings, "engine", engine),
         )
         settings._check()
@@ -113,6 +119,8 @@ class Settings:
             raise RetroDataError(
                 f"database.corpora names {sorted(unknown)}, found the corpora {names}."
             )
+        if self.packing is not None:
+            whole_chunks("seq_len", self.packing.seq_len, self.chunks.chunk_size)
         if self.tokenizer.name is not None:
             return
         if not any(corpus.split in ("hash", "train") for corpus in self.corpora):
@@ -134,7 +142,9 @@ class Settings:
             for field in dataclasses.fields(self)
             if field.name not in ("root", "corpora", "engine")
         }
-        identity: dict[str, Any] = {name: _identity(group) for name, group in groups.items()}
+        identity: dict[str, Any] = {
+            name: _identity(group) for name, group in groups.items() if group is not None
+        }
         identity["corpora"] = [_identity(corpus) for corpus in self.corpora]
         return store.prepared_path(self.root, artifact.artifact_key("settings", 1, identity, {}))
 
@@ -270,6 +280,12 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 ),
                 name,
             )
+    for name in names:
+        if settings.packing is not None and splits[name] in ("hash", "train"):
+            stage = PackingStage(
+                settings.packing, name, splits[name], settings.splits, chunks[name].place
+            )
+            yield step(stage, name)
 
 
 # ---- preparing -----------------------------------------------------------------------------------
@@ -353,12 +369,15 @@ class PreparedCorpus:
         split_of_document: (D,) uint8, index into SPLITS.
         neighbors: None for a corpus that is only ever retrieved.
         key: of all its data.
+        sequences: (S, chunks of a sequence) chunk rows of packed training sequences, -1 beyond;
+            None where none were packed.
     """
 
     chunks: ChunkStore
     split_of_document: np.ndarray[Any, Any]
     neighbors: NeighborLists | None
     key: str
+    sequences: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -390,7 +409,11 @@ def open_prepared(settings: Settings) -> Prepared:
         neighbors = NeighborLists(folder("neighbors", name)) if listed else None
         split = split_of_documents(chunks.documents.keys, corpus.split, settings.splits)
         identity = [chunks.key, note["neighbors"].get(name), corpus.split]
-        corpora.append(PreparedCorpus(chunks, split, neighbors, canonical_json(identity)))
+        sequences = None
+        if settings.packing is not None and name in note["packing"]:
+            sequences = packed_sequences(folder("packing", name))
+        key = canonical_json(identity)
+        corpora.append(PreparedCorpus(chunks, split, neighbors, key, sequences))
     chosen = settings.database.corpora or [corpus.name for corpus in settings.corpora]
     database = [folder("chunks", c.name) for c in settings.corpora if c.name in chosen]
     fields = {

@@ -35,6 +35,7 @@ from retro_data.errors import RetroDataError
 from retro_data.exact import Search, Vectors
 from retro_data.index import ADD_BYTES
 from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
+from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
 from retro_data.splits import SPLITS, split_of_documents
@@ -369,6 +370,9 @@ class _Reckoning:
             index_bytes = stages[-1].bytes
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
+        if self.settings.packing is not None:
+            trained = [c.name for c in self.settings.corpora if c.split in ("hash", "train")]
+            stages += [self._packing(name, self.settings.packing.seq_len) for name in trained]
         before = itertools.accumulate((stage.bytes for stage in stages), initial=0)
         shares = self.shares.values()
         return Plan(
@@ -477,6 +481,12 @@ class _Reckoning:
             seconds, how = flop / self._rate("cpu"), "from the rate of products"
             memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
+
+    def _packing(self, name: str, seq_len: int) -> StagePlan:
+        chunks, wide = self.chunks[name], 8 if self.chunks[name] >= 2**31 else 4
+        rows, size = chunks * self.settings.chunks.chunk_size // seq_len, wide * chunks
+        memory = self.measured.memory["chunks"] + 6 * 8 * min(chunks, BLOCK_CHUNKS)
+        return StagePlan(f"packing {name}", rows, size, 2 * size, memory, 0.0, "small")
 
     def _search_devices(self) -> tuple[str, int]:
         from retro_data.engines.local import visible_devices

@@ -8,6 +8,7 @@
       database/<key>/           admitted_<store>.npy · manifest.json
       index/<key>/              00000.index · manifest.json
       neighbors/<name>-<key>/   ids.npy · distances.npy · manifest.json
+      packing/<name>-<key>/     sequences.npy · manifest.json
       prepared/<settings>.json  which keys a configuration was last prepared to
 
 Everything opened here is read-only and memory-mapped.
@@ -28,7 +29,10 @@ from retro_data.errors import RetroDataError
 
 Array = np.ndarray[Any, Any]
 
-STAGES = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
+STAGES = (
+    *("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors"),
+    "packing",
+)
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
 # corpus
@@ -50,6 +54,8 @@ DOCUMENT_ID_OFFSETS = "documents_id_offsets.npy"  # (D + 1,) int64
 # neighbors
 NEIGHBOR_IDS = "ids.npy"  # (N, K) int32 or int64: global rows of the database, -1 for none
 NEIGHBOR_DISTANCES = "distances.npy"  # (N, K) float32
+# packing
+SEQUENCES = "sequences.npy"  # (S, chunks of a sequence) int32 or int64: chunk rows, -1 at the end
 
 
 def folder_of(root: Path, stage: str, key: str, name: str | None = None) -> Path:
@@ -243,6 +249,11 @@ class NeighborLists:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NeighborLists, (self.folder,)
+
+
+def packed_sequences(folder: Path) -> Array:
+    """(S, chunks of a sequence) chunk rows of a `packing` artifact, -1 at the end of a sequence."""
+    return _open(folder, SEQUENCES, finished(folder))
 
 
 @dataclass(frozen=True)

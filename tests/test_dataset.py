@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import pickle
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from retro_data import artifact, store
-from retro_data.dataset import NO_LABEL, RetroDataset, collate, plan_documents, to_retro_pytorch
+from retro_data.dataset import NO_LABEL, RetroDataset, collate, to_retro_pytorch
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import PreparedCorpus
+from retro_data.sequences import pack
 from retro_data.splits import SPLITS
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 
@@ -84,10 +84,13 @@ def database_of(*stores: ChunkStore) -> DatabaseStores:
 
 
 def corpus_of(
-    chunks: ChunkStore, neighbors: NeighborLists | None = None, split: str = "train"
+    chunks: ChunkStore,
+    neighbors: NeighborLists | None = None,
+    split: str = "train",
+    sequences: np.ndarray | None = None,
 ) -> PreparedCorpus:
     splits = np.full(len(chunks.documents), SPLITS.index(split), np.uint8)
-    return PreparedCorpus(chunks, splits, neighbors, chunks.key)
+    return PreparedCorpus(chunks, splits, neighbors, chunks.key, sequences)
 
 
 def random_ids(rng: np.random.Generator, rows: int, stored: int, database: int) -> np.ndarray:
@@ -170,48 +173,6 @@ def assert_batch(batch: dict[str, torch.Tensor], items: list[dict[str, list]]) -
         assert value.tolist() == [item[name] for item in items], name
 
 
-# ---- plans ---------------------------------------------------------------------------------------
-
-counts = st.lists(st.integers(0, 40), min_size=1, max_size=30)
-
-
-@settings(deadline=None, max_examples=60)
-@given(counts, st.integers(1, 9))
-def test_training_plan_holds_every_chunk_once_and_nothing_else(sizes: list[int], n: int) -> None:
-    first = np.cumsum([0, *sizes])[:-1]
-    plan = plan_documents(first, sizes, n)
-    rows = plan.rows(np.arange(len(plan)), n)
-    assert rows.shape == (sum(-(-size // n) for size in sizes), n)
-    assert sorted(rows[rows >= 0].tolist()) == list(range(sum(sizes)))
-    assert (plan.chunks == (rows >= 0).sum(1)).all()
-    assert (plan.chunks >= 1).all()
-    document = np.repeat(np.arange(len(sizes)), sizes)
-    for row in rows:
-        assert len(set(document[row[row >= 0]])) == 1
-
-
-@settings(deadline=None, max_examples=60)
-@given(counts, st.integers(1, 9), st.data())
-def test_evaluation_plan_scores_each_chunk_once_with_context(
-    sizes: list[int], n: int, data: st.DataObject
-) -> None:
-    stride = data.draw(st.integers(1, n))
-    first = np.cumsum([0, *sizes])[:-1]
-    plan = plan_documents(first, sizes, n, stride)
-    starts = set(first.tolist())
-    scored: Counter[int] = Counter()
-    for begin, length, unscored in zip(plan.first, plan.chunks, plan.unscored, strict=True):
-        assert 0 < length <= n
-        assert 0 <= unscored < length
-        scored.update(range(begin + unscored, begin + length))
-        if unscored:  # not the document's first sequence: as long as it can be
-            assert length == n
-            assert unscored >= n - stride
-        else:
-            assert begin in starts or stride == n
-    assert scored == Counter(range(sum(sizes)))
-
-
 # ---- tokens, labels, neighbors -------------------------------------------------------------------
 
 
@@ -221,7 +182,7 @@ def test_evaluation_plan_scores_each_chunk_once_with_context(
     st.lists(st.integers(0, 30), min_size=1, max_size=8),
     st.integers(1, 4),
     st.integers(0, 3),
-    st.sampled_from([None, 1, 2]),
+    st.sampled_from([None, 1, 2, "packed"]),
     st.integers(0, 2**32),
 )
 def test_batches_equal_the_slow_reference(
@@ -230,7 +191,7 @@ def test_batches_equal_the_slow_reference(
     foreign: list[int],
     n: int,
     k: int,
-    stride: int | None,
+    stride: int | str | None,  # "packed": of training sequences that several documents share
     seed: int,
 ) -> None:
     """Two corpora, retrieved from both, in the other order: labels, continuations, ids, masks."""
@@ -243,11 +204,15 @@ def test_batches_equal_the_slow_reference(
         shutil.rmtree(folder)
         return
     ids = [random_ids(rng, len(s), 3, len(database)) for s in (a, b)]
-    corpora = [
-        corpus_of(a, write_neighbors(folder / "na", ids[0])),
-        corpus_of(b, write_neighbors(folder / "nb", ids[1].astype(np.int64))),
+    is_packed = stride == "packed"
+    tables = [
+        pack(s.documents.first_chunk[:-1], np.diff(s.documents.first_chunk), n) for s in (a, b)
     ]
-    stride = None if stride is None else min(stride, n)
+    corpora = [
+        corpus_of(a, write_neighbors(folder / "na", ids[0]), sequences=tables[0]),
+        corpus_of(b, write_neighbors(folder / "nb", ids[1].astype(np.int64)), sequences=tables[1]),
+    ]
+    stride = min(stride, n) if isinstance(stride, int) else None
     dataset = RetroDataset(
         corpora,
         "train",
@@ -257,22 +222,19 @@ def test_batches_equal_the_slow_reference(
         eos_id=EOS,
         num_neighbors=k,
         eval_stride=None if stride is None else stride * CHUNK,
+        mode="packed" if is_packed else "document",
     )
     chunks = chunks_of([a, b])
-    items = []
-    for rows in document_rows(chunks):
-        for start, unscored in slow_windows(len(rows), n, stride):
-            items.append(
-                slow_item(
-                    rows[start : start + n],
-                    chunks,
-                    np.concatenate(ids).tolist(),
-                    chunks_of([b, a]),
-                    n,
-                    k,
-                    unscored,
-                )
-            )
+    windows = [
+        (rows[start : start + n], unscored)
+        for rows in document_rows(chunks)
+        for start, unscored in slow_windows(len(rows), n, stride)
+    ]
+    if is_packed:
+        all_rows = [row for row in tables[0]] + [np.where(r < 0, -1, r + len(a)) for r in tables[1]]
+        windows = [(row[row >= 0].tolist(), 0) for row in all_rows]
+    stored, retrieved = np.concatenate(ids).tolist(), chunks_of([b, a])
+    items = [slow_item(rows, chunks, stored, retrieved, n, k, left) for rows, left in windows]
     assert len(dataset) == len(items)
     assert_batch(dataset.__getitems__(range(len(dataset))), items)
     shuffled = rng.permutation(len(items)).tolist()
@@ -405,7 +367,8 @@ def test_only_documents_of_the_split_are_read(tmp_path: Path) -> None:
         ({"seq_len": 10}, "multiple of chunk_size"),
         ({"eval_stride": 6}, "eval_stride=6"),
         ({"eval_stride": 16}, "longer than seq_len"),
-        ({"mode": "packed"}, "mode='packed'"),
+        ({"mode": "best"}, "mode='best'"),
+        ({"mode": "packed"}, "found none for c, split train. Run `retro-data prepare`"),
         ({"split": "training"}, "split='training'"),
         ({"database": None}, "no retrieval database"),
     ],

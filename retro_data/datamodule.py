@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from retro_data import pipeline
 from retro_data.dataset import RetroDataset, collate
 from retro_data.errors import RetroDataError
+from retro_data.order import Mixture
 from retro_data.pipeline import Prepared, Settings
 from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
 from retro_data.sequences import MODES
@@ -44,7 +45,13 @@ UNTRUE_WARNINGS = (  # Lightning's advice, which does not hold for these loaders
     ".*ended before the epoch ended and your dataloader is not resumable",
 )
 POSITION = "retro_data_position"  # marks our state in a checkpoint, whatever class saved it
-ORDER_FIELDS = ("data", "seq_len", "mode", "seed")  # what the order of samples depends on
+ORDER_FIELDS = (
+    "data",
+    "seq_len",
+    "mode",
+    "mixture",
+    "seed",
+)  # what the order of samples depends on
 
 
 def _data_module_base() -> type:
@@ -88,6 +95,10 @@ class RetroDataModule(_LightningDataModule):
         seq_len: tokens of a sequence, whole chunks.
         mode: "document": one document a sequence, the end padded; "packed": training sequences are
             filled with whole chunks of several documents. Evaluation is of one document a sequence.
+        mixture: corpus -> its share of the training samples, where corpora are to be trained on more
+            or less than their size says: {"wiki": 0.7, "manuals": 0.3}. An epoch has as many samples
+            as these corpora have sequences, and each corpus goes on where the epoch before left it.
+            None: every sequence once an epoch.
         num_neighbors: neighbors of each chunk, at most `neighbors.num_stored`; 0 reads none.
         eval_stride: tokens by which evaluation moves on, whole chunks; None: half of seq_len.
         batch_size: sequences a rank and step in training.
@@ -119,6 +130,7 @@ class RetroDataModule(_LightningDataModule):
         prepare: str = "auto",
         seq_len: int = 1024,
         mode: str = "document",
+        mixture: Mapping[str, float] | None = None,
         num_neighbors: int = 2,
         eval_stride: int | None = None,
         batch_size: int = 8,
@@ -156,6 +168,7 @@ class RetroDataModule(_LightningDataModule):
         self.prepare = prepare
         self.chunk_size = chunk_size
         self.seq_len, self.mode = seq_len, mode
+        self.mixture: dict[str, float] | None = _plain(mixture)
         self.num_neighbors, self.eval_stride = num_neighbors, eval_stride
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.global_batch_size = global_batch_size
@@ -295,7 +308,12 @@ class RetroDataModule(_LightningDataModule):
         size = self._global_batch_size()
         first = self._sampler is None
         if self._sampler is None or self._sampler.global_batch_size != size:
-            self._sampler = GlobalOrderSampler(dataset, size, **self._place(), seed=self.seed)
+            mixture = None
+            if self.mixture is not None:
+                mixture = Mixture(dataset.sequences_of_corpora, self.mixture)
+            self._sampler = GlobalOrderSampler(
+                dataset, size, **self._place(), seed=self.seed, mixture=mixture
+            )
         if first and self._loaded is not None:
             self._sampler.load_state_dict(self._loaded)
         loader = _TrainLoader(dataset, sampler=self._sampler, **self._loader_settings())
@@ -371,16 +389,18 @@ class RetroDataModule(_LightningDataModule):
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             limit = self.trainer.num_training_batches
             position = self._sampler.state_dict(progress.processed, limit)
+        drawn = self._sampler.drawn(position) if self.mixture else None
         return {
             POSITION: 1,
             **position,
+            "samples_of_corpora": drawn,
             "global_batch_size": self._sampler.global_batch_size,
             "trainer_epoch": self._sampler.epoch,
             **self._order(),
         }
 
     def _order(self) -> dict[str, Any]:
-        values = (self.prepared.key, self.seq_len, self.mode, self.seed)
+        values = (self.prepared.key, self.seq_len, self.mode, self.mixture, self.seed)
         return dict(zip(ORDER_FIELDS, values, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -393,9 +413,9 @@ class RetroDataModule(_LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         own = self._order()
-        other = [name for name in ORDER_FIELDS if state_dict[name] != own[name]]
+        other = [name for name in ORDER_FIELDS if state_dict.get(name) != own[name]]
         if other:
-            found = ", ".join(f"{name}={state_dict[name]}" for name in other)
+            found = ", ".join(f"{name}={state_dict.get(name)}" for name in other)
             expected = ", ".join(f"{name}={own[name]}" for name in other)
             raise RetroDataError(
                 "the checkpoint was saved while training on another order of samples: it has "

@@ -303,13 +303,12 @@ class RetroDataset(Dataset[Batch]):
         )
 
     def _packed_plan(self, corpora: Sequence[PreparedCorpus]) -> PackedPlan:
-        tables, first_rows = [], []
-        for corpus, first_row, is_read in zip(
-            corpora, self.chunks.first_rows[:-1], self._is_read, strict=True
-        ):
-            if not is_read:
-                continue
+        tables = []
+        for corpus, is_read in zip(corpora, self._is_read, strict=True):
             table = corpus.sequences
+            if not is_read:
+                tables.append(np.empty((0, self.chunks_per_sequence), np.int32))
+                continue
             if table is None or table.shape[1] != self.chunks_per_sequence or self.split != "train":
                 found = "none" if table is None else f"sequences of {table.shape[1]} chunks"
                 raise RetroDataError(
@@ -318,8 +317,13 @@ class RetroDataset(Dataset[Batch]):
                     "`retro-data prepare` with mode=packed and this seq_len."
                 )
             tables.append(table)
-            first_rows.append(first_row)
-        return PackedPlan(tables, first_rows)
+        return PackedPlan(tables, self.chunks.first_rows[:-1])
+
+    @property
+    def sequences_of_corpora(self) -> dict[str, int]:
+        """Sequences of each corpus; those of the first one come first."""
+        counts = self.plan.counts(self.chunks.first_rows).tolist()
+        return {s.name: n for s, n in zip(self.chunks.stores, counts, strict=True)}
 
     def _check_neighbors(self) -> None:
         if self.num_neighbors == 0:

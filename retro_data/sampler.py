@@ -1,11 +1,11 @@
 """One global order of samples an epoch, sliced late, with a position to resume from.
 
-The order depends on (seed, epoch) alone. It is cut into global batches, and those into one share a
-rank: B = ceil(samples / global_batch_size) batches for R ranks are B * R shares, which take the
-samples in order, each floor or ceil(samples / (B * R)) of them. A share shorter than the rank's
-batch size is padded with index -1, a row of padding. So each sample is seen exactly once an epoch,
-no batch is much smaller than another, all ranks make as many steps, and the samples of a global
-batch are the same for any number of ranks and workers.
+The order (`retro_data.order`) depends on (seed, epoch) alone. It is cut into global batches, and
+those into one share a rank: B = ceil(samples / global_batch_size) batches for R ranks are B * R
+shares, which take the samples in order, each floor or ceil(samples / (B * R)) of them. A share
+shorter than the rank's batch size is padded with index -1, a row of padding. So each sample is seen
+exactly once an epoch, no batch is much smaller than another, all ranks make as many steps, and the
+samples of a global batch are the same for any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,12 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from retro_data.errors import RetroDataError
+from retro_data.order import Mixture, global_order
 
 Array = np.ndarray[Any, Any]
 
 PADDING = -1
 READ_BATCHES = 256  # batches turned into Python numbers at a time
-
-
-def global_order(num_samples: int, seed: int, epoch: int) -> Array:
-    """The permutation of an epoch: (num_samples,) uint32, or uint64 where that is too narrow."""
-    dtype = np.uint32 if num_samples <= 2**32 else np.uint64
-    order = np.arange(num_samples, dtype=dtype)
-    key = (seed % 2**64) | (epoch << 64)
-    np.random.Generator(np.random.Philox(key=key)).shuffle(order)
-    return order
 
 
 class _BatchSampler(DistributedSampler[Any]):
@@ -48,6 +40,7 @@ class _BatchSampler(DistributedSampler[Any]):
         rank: int = 0,
         seed: int = 0,
         shuffle: bool = True,
+        num_sequences: int | None = None,
     ) -> None:
         if global_batch_size < 1 or global_batch_size % num_replicas:
             raise RetroDataError(
@@ -55,7 +48,7 @@ class _BatchSampler(DistributedSampler[Any]):
                 "ranks: make it a multiple of the number of ranks."
             )
         super().__init__(dataset, num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.num_sequences = len(dataset)
+        self.num_sequences = len(dataset) if num_sequences is None else num_sequences
         self.global_batch_size = global_batch_size
         self.batch_size = global_batch_size // num_replicas
         self.num_batches = -(-self.num_sequences // global_batch_size)
@@ -98,6 +91,7 @@ class GlobalOrderSampler(_BatchSampler):
         global_batch_size: samples of one step of all ranks, a multiple of `num_replicas`.
         num_replicas, rank: of the process group.
         seed: of the order.
+        mixture: shares of several corpora; None: each sample once an epoch.
 
     Attributes:
         running: epoch of the order that is being read; None before the first sample.
@@ -114,8 +108,13 @@ class GlobalOrderSampler(_BatchSampler):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
-        super().__init__(dataset, global_batch_size, num_replicas, rank, seed)
+        num_sequences = None if mixture is None else mixture.num_samples
+        super().__init__(
+            dataset, global_batch_size, num_replicas, rank, seed, num_sequences=num_sequences
+        )
+        self.mixture = mixture
         self.running: int | None = None
         self.batches_read = 0
         self._shift = 0  # of the order's epoch against the caller's
@@ -144,6 +143,19 @@ class GlobalOrderSampler(_BatchSampler):
                 epoch, samples = epoch + 1, 0
         return {"epoch": epoch, "samples": samples}
 
+    def order(self, epoch: int) -> Array:
+        """The samples of an epoch, of all ranks."""
+        if self.mixture is not None:
+            return self.mixture.order(self.seed, epoch)
+        return global_order(self.num_sequences, self.seed, epoch)
+
+    def drawn(self, position: Mapping[str, int]) -> dict[str, int]:
+        """Samples of each corpus of the mixture before a position, as `state_dict` gives it."""
+        assert self.mixture is not None
+        shares = np.array(position["samples"] // self.global_batch_size * self.num_replicas)
+        order = self.order(position["epoch"])[: int(self._bounds(shares))]
+        return self.mixture.drawn(position["epoch"], order)
+
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Begin the next iteration at `samples` global samples of epoch `epoch`.
 
@@ -163,8 +175,7 @@ class GlobalOrderSampler(_BatchSampler):
         self._loaded = None
         self.running = epoch
         self.batches_read = samples // self.global_batch_size
-        order = global_order(self.num_sequences, self.seed, epoch)
-        return self._batches(order, self.batches_read, repeat=True)
+        return self._batches(self.order(epoch), self.batches_read, repeat=True)
 
 
 class EvaluationSampler(_BatchSampler):

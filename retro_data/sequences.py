@@ -54,6 +54,11 @@ class SequencePlan:
     def __len__(self) -> int:
         return len(self.first)
 
+    def counts(self, first_rows: Sequence[int]) -> Array:
+        """Sequences of each corpus, (corpora,) int64; `first_rows` end with the number of chunks."""
+        counts: Array = np.diff(np.searchsorted(self.first, first_rows))
+        return counts
+
     def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
         """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and of -1."""
         position = np.arange(chunks_per_sequence)
@@ -176,6 +181,10 @@ class PackedPlan:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def counts(self, first_rows: Sequence[int]) -> Array:
+        """Sequences of each corpus, (corpora,) int64."""
+        return np.diff(self.starts)
 
     def rows(self, indices: Array, chunks_per_sequence: int) -> Array:
         """Chunk rows (B, chunks_per_sequence) int64 of sequences (B,); -1 beyond, and of -1."""

@@ -442,6 +442,37 @@ def test_another_order_of_samples_is_refused_while_fitting_only(
     assert model.evaluated
 
 
+def test_packed_sequences_and_mixtures_resume(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Two corpora in other shares than their sizes, in sequences that documents share."""
+    write_corpus(tmp_path / "other.jsonl", documents=15)
+    corpora = [arguments["corpus"], {"name": "other", "path": str(tmp_path / "other.jsonl")}]
+    mixed = {
+        **arguments,
+        "root": str(tmp_path / "root"),
+        "corpus": corpora,
+        "mode": "packed",
+        "mixture": {"words": 1, "other": 2},
+        "batch_size": 4,
+    }
+    pipeline.prepare(RetroDataModule(**mixed).settings(), InlineEngine())
+    whole = fit(mixed)
+    lightning = importlib.import_module(LIGHTNINGS[0])
+    path = str(tmp_path / "a.ckpt")
+    fit(mixed, callback=make_saver(lightning, "on_train_batch_end", len(whole) // 2 + 2, path))
+    state = torch.load(path, weights_only=True)["RetroDataModule"]
+    assert (state["epoch"], state["samples"]) == (1, 8)
+    data = RetroDataModule(**mixed)
+    border = len(data.prepared.corpora[0].chunks)
+    seen = [i for batch in whole[: len(whole) // 2 + 2] for i in batch if i >= 0]
+    of_words = sum(i < border for i in seen)
+    assert state["samples_of_corpora"] == {"words": of_words, "other": len(seen) - of_words}
+    assert of_words / len(seen) == pytest.approx(1 / 3, abs=0.1)
+    assert fit(mixed, checkpoint=path) == whole[len(whole) // 2 + 2 :]
+    evenly = {**mixed, "mixture": {"words": 1, "other": 1}}
+    with pytest.raises(RetroDataError, match=r"mixture=\{'words': 1, 'other': 2\}"):
+        fit(evenly, checkpoint=path)
+
+
 def test_other_data_is_refused(arguments: dict[str, Any], inside: str) -> None:
     other = {**arguments, "splits": {"val": 0.0, "test": 0.0}}
     pipeline.prepare(RetroDataModule(**other).settings(), InlineEngine())

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from retro_data.errors import RetroDataError
-from retro_data.sampler import EvaluationSampler, GlobalOrderSampler, global_order
+from retro_data.order import global_order
+from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
 
 SETTINGS = settings(deadline=None, max_examples=60)
 samples = st.integers(0, 300)

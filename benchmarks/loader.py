@@ -2,21 +2,28 @@
 
     python benchmarks/loader.py                     # a synthetic store of 300,000 chunks
     python benchmarks/loader.py --root data --corpus wiki   # one that was prepared, by folder names
+    python benchmarks/loader.py --mode packed       # several documents a sequence
+    python benchmarks/loader.py --cold --rows 16000000 --stored 2   # nothing of it in memory
 
-Rates are main tokens a second: positions of `input_ids`, with padding. Each is the best of some
-rounds through an epoch, rounds of all candidates interleaved.
+Rates are main tokens a second: positions of `input_ids`, with padding; the share of them that is
+real is printed. Each is the best of some rounds through an epoch, rounds of all candidates
+interleaved. Cold, each candidate begins with the files out of the page cache (Linux only) and reads a
+few batches; what it reads from the disk for each is printed too.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import logging
+import math
+import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +37,7 @@ from retro_data import artifact, store
 from retro_data.dataset import RetroDataset, collate
 from retro_data.pipeline import PreparedCorpus
 from retro_data.sampler import GlobalOrderSampler
-from retro_data.sequences import SequencePlan
+from retro_data.sequences import SequencePlan, pack
 from retro_data.splits import SPLITS
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
 
@@ -52,10 +59,10 @@ def write_artifact(folder: Path, arrays: dict[str, Array]) -> None:
         artifact.save_array(folder / name, array)
         entries[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
     manifest = {"arrays": entries, "fields": {"name": "synthetic"}, "key": "synthetic"}
-    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
+    artifact.write_record(folder / artifact.MANIFEST, manifest)
 
 
-def synthetic_corpus(root: Path, rows: int, stored: int) -> PreparedCorpus:
+def write_synthetic(root: Path, rows: int, stored: int) -> None:
     """Documents of 1 to 128 chunks of random tokens, with random neighbors."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 129, rows)
@@ -83,13 +90,30 @@ def synthetic_corpus(root: Path, rows: int, stored: int) -> PreparedCorpus:
     write_artifact(root / "chunks", chunks)
     neighbors = {store.NEIGHBOR_IDS: ids, store.NEIGHBOR_DISTANCES: distances}
     write_artifact(root / "neighbors", neighbors)
-    return corpus_at(root / "chunks", root / "neighbors")
 
 
 def corpus_at(chunks: Path, neighbors: Path) -> PreparedCorpus:
     opened = ChunkStore(chunks)
     split = np.full(len(opened.documents), SPLITS.index("train"), np.uint8)
     return PreparedCorpus(opened, split, NeighborLists(neighbors), opened.key)
+
+
+def dataset_of(corpus: PreparedCorpus, args: argparse.Namespace, **options: Any) -> RetroDataset:
+    if args.mode == "packed":
+        first = corpus.chunks.documents.first_chunk
+        sequences = pack(first[:-1], np.diff(first), args.seq_len // CHUNK)
+        corpus = replace(corpus, sequences=sequences)
+    return RetroDataset(
+        [corpus],
+        "train",
+        database=DatabaseStores((corpus.chunks,), (0, len(corpus.chunks))),
+        seq_len=args.seq_len,
+        pad_id=int(np.iinfo(corpus.chunks.tokens.dtype).max) if args.root else VOCAB,
+        eos_id=0,
+        num_neighbors=args.num_neighbors,
+        mode=args.mode,
+        **options,
+    )
 
 
 def classic_dataset(root: Path, dataset: RetroDataset) -> Any:
@@ -181,6 +205,40 @@ def _row_batches(dataset: RetroDataset, size: int) -> Iterator[Array]:
         yield np.maximum(rows, 0)
 
 
+# ---- from a disk ---------------------------------------------------------------------------------
+
+
+def evict(folder: Path) -> None:
+    """Drop the files of a store from the page cache; nothing may have them mapped."""
+    for path in folder.rglob("*.npy"):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes() -> int:
+    """Bytes that disks have read since the machine started, whoever asked."""
+    fields = (line.split() for line in Path("/proc/diskstats").read_text("ascii").splitlines())
+    disks = {path.name for path in Path("/sys/block").iterdir()}
+    return sum(512 * int(f[5]) for f in fields if f[2] in disks and not f[2].startswith("loop"))
+
+
+def run_cold(args: argparse.Namespace, folders: tuple[Path, Path]) -> None:
+    print(f"{'from the disk':38}{'M tokens/s':>12}{'MB a batch':>12}")
+    for workers, prefetch in itertools.product((0, 2, 8), (False, True)):
+        for folder in folders:
+            evict(folder)
+        dataset = dataset_of(corpus_at(*folders), args, prefetch=prefetch)
+        batches = iter(through_loader(dataset, args.batch_size, workers))
+        before, began = disk_bytes(), time.perf_counter()
+        tokens = sum(itertools.islice(batches, args.cold_batches))
+        seconds = time.perf_counter() - began
+        read = (disk_bytes() - before) / args.cold_batches
+        name = f"{workers} workers{', prefetch' if prefetch else ''}"
+        print(f"{name:38}{tokens / seconds / 1e6:12.2f}{read / 1e6:12.1f}", flush=True)
+        del dataset, batches
+
+
 # ---- Lightning -----------------------------------------------------------------------------------
 
 
@@ -241,22 +299,18 @@ def best(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, f
 
 
 def run(args: argparse.Namespace, scratch: Path) -> None:
+    chunks, neighbors = scratch / "chunks", scratch / "neighbors"
     if args.root:
-        corpus = corpus_at(
-            *(next((args.root / kind).glob(f"{args.corpus}-*")) for kind in ("chunks", "neighbors"))
+        chunks, neighbors = (
+            next((args.root / kind).glob(f"{args.corpus}-*")) for kind in ("chunks", "neighbors")
         )
     else:
-        corpus = synthetic_corpus(scratch, args.rows, 32)
-    dataset = RetroDataset(
-        [corpus],
-        "train",
-        database=DatabaseStores((corpus.chunks,), (0, len(corpus.chunks))),
-        seq_len=args.seq_len,
-        pad_id=int(np.iinfo(corpus.chunks.tokens.dtype).max) if args.root else VOCAB,
-        eos_id=0,
-        num_neighbors=args.num_neighbors,
-    )
-    old = classic_dataset(scratch, dataset)
+        write_synthetic(scratch, args.rows, args.stored)
+    if args.cold:
+        run_cold(args, (chunks, neighbors))
+        return
+    corpus = corpus_at(chunks, neighbors)
+    dataset = dataset_of(corpus, args)
     batch = dataset.__getitems__(range(args.batch_size))
     constant = Constant(batch, 2000)
     ours = partial(loader, dataset, args.batch_size)
@@ -266,21 +320,23 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         "bare __getitems__": lambda: rate(bare(dataset, args.batch_size)),
         "DataLoader, no workers": lambda: rate(through_loader(dataset, args.batch_size)),
         "DataLoader, 2 workers": lambda: rate(through_loader(dataset, args.batch_size, 2)),
-        "classic, no workers": lambda: rate(classic(old)),
-        "classic, 2 workers": lambda: rate(classic(old, 2)),
         "Lightning, manual": lambda: lightning_rate(ours(), False),
         "Lightning, manual, constant batch": lambda: lightning_rate(constant, False),
         "Lightning, automatic": lambda: lightning_rate(ours(), True),
         "Lightning, automatic, constant batch": lambda: lightning_rate(constant, True),
     }
+    if args.mode == "document":  # the classic dataset knows no other
+        old = classic_dataset(scratch, dataset)
+        candidates["classic, no workers"] = lambda: rate(classic(old))
+        candidates["classic, 2 workers"] = lambda: rate(classic(old, 2))
     rates = best(candidates, args.rounds)
-    real = int(batch["chunk_lengths"].sum()) / batch["input_ids"].numel()
+    real = int(corpus.chunks.documents.tokens.sum()) / (len(dataset) * args.seq_len)
     shape = (len(corpus.chunks), len(dataset), args.seq_len, args.batch_size, args.num_neighbors)
     print(
         "{:,} chunks, {:,} sequences of {}, batch {}, {} neighbors, ".format(*shape)
         + f"{real:.0%} of positions real, {torch.get_num_threads()} threads"
     )
-    base = rates["classic, no workers"]
+    base = rates.get("classic, no workers", math.nan)
     print(f"{'':38}{'M tokens/s':>12}{'of classic':>12}")
     for name, value in rates.items():
         print(f"{name:38}{value / 1e6:12.1f}{value / base:11.1f}x")
@@ -289,6 +345,10 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=300_000, help="chunks of the synthetic store")
+    parser.add_argument("--stored", type=int, default=32, help="neighbors stored of each chunk")
+    parser.add_argument("--mode", default="document", choices=("document", "packed"))
+    parser.add_argument("--cold", action="store_true", help="measure from the disk alone")
+    parser.add_argument("--cold-batches", type=int, default=32)
     parser.add_argument("--root", type=Path, help="of prepared data, instead of a synthetic store")
     parser.add_argument("--corpus", default="*", help="its name, with --root")
     parser.add_argument("--seq-len", type=int, default=2048)

@@ -108,6 +108,8 @@ class RetroDataModule(_LightningDataModule):
         seed: of the order of samples.
         num_workers: loader processes. 0 is fastest unless storage is slow.
         pin_memory: None: when training on CUDA.
+        prefetch: for roots on disk that memory does not hold: all pages of a batch are asked for at
+            once. With it, num_workers read several batches at a time.
         prepare_data_per_node: for roots that are not shared: each node prepares its own.
 
     Raises:
@@ -139,6 +141,7 @@ class RetroDataModule(_LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool | None = None,
+        prefetch: bool = False,
         prepare_data_per_node: bool = False,
     ) -> None:
         super().__init__()
@@ -174,6 +177,7 @@ class RetroDataModule(_LightningDataModule):
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.prefetch = prefetch
         self._prepared: Prepared | None = None
         self._datasets: dict[str, RetroDataset] = {}
         self._failure: Exception | None = None
@@ -239,6 +243,7 @@ class RetroDataModule(_LightningDataModule):
                 num_neighbors=self.num_neighbors,
                 eval_stride=None if split == "train" else self._eval_stride(),
                 mode=self.mode if split == "train" else "document",
+                prefetch=self.prefetch,
             )
         return self._datasets[split]
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -57,12 +58,13 @@ class _ChunkReader:
     Args:
         stores: the stores, in the order of global rows.
         follow: tokens to take of the chunk that follows.
+        prefetch: as of `RetroDataset`.
     """
 
-    def __init__(self, stores: DatabaseStores, follow: int) -> None:
+    def __init__(self, stores: DatabaseStores, follow: int, prefetch: bool) -> None:
         self.first_rows = np.asarray(stores.first_rows, np.int64)
         self.num_rows = len(stores)
-        self.stores = [_StoreReader(store, follow) for store in stores.stores]
+        self.stores = [_StoreReader(store, follow, prefetch) for store in stores.stores]
         self.dtype = np.result_type(*[store.tokens.dtype for store in stores.stores])
         documents = [len(store.documents) for store in stores.stores]
         self.first_documents = np.cumsum([0, *documents])
@@ -102,12 +104,12 @@ class _ChunkReader:
 class _StoreReader:
     """`_ChunkReader` of one store."""
 
-    def __init__(self, store: ChunkStore, follow: int) -> None:
+    def __init__(self, store: ChunkStore, follow: int, prefetch: bool) -> None:
         self.store = store
         self.last = len(store) - 1
-        self.tokens = _overlapping(store.tokens, store.chunk_size + follow)
-        self.lengths = _overlapping(store.lengths, 2)
-        self.documents = _overlapping(store.document_of_chunk, 2)
+        self.tokens = _Rows(store.tokens, store.chunk_size + follow, prefetch)
+        self.lengths = _Rows(store.lengths, 2, prefetch)
+        self.documents = _Rows(store.document_of_chunk, 2, prefetch)
         self.no_lengths = _item(self.lengths.dtype, store.lengths.dtype, 0)
 
     def __call__(self, rows: Array, top: int) -> tuple[Array, Array, Array]:
@@ -115,7 +117,7 @@ class _StoreReader:
         ends_store = top == self.last >= 0  # nothing follows the last row: it is read by itself
         if ends_store:
             start = np.minimum(start, max(self.last - 1, 0))
-        tokens, lengths, documents = self.tokens[start], self.lengths[start], self.documents[start]
+        tokens, lengths, documents = self.tokens(start), self.lengths(start), self.documents(start)
         lengths[rows < 0] = self.no_lengths
         tokens = tokens.view(self.store.tokens.dtype).reshape(len(rows), -1)
         lengths = lengths.view(self.store.lengths.dtype).reshape(-1, 2)
@@ -135,14 +137,19 @@ class _NeighborReader:
     Args:
         ids: (N, K) of each store; None for one that is never asked.
         first_rows: global row of the first chunk of each store.
+        prefetch: as of `RetroDataset`.
     """
 
     def __init__(
-        self, ids: Sequence[Array | None], first_rows: Sequence[int], num_neighbors: int
+        self,
+        ids: Sequence[Array | None],
+        first_rows: Sequence[int],
+        num_neighbors: int,
+        prefetch: bool,
     ) -> None:
         self.first_rows = np.asarray(first_rows, np.int64)
         self.num_neighbors = num_neighbors
-        self.ids = [None if a is None else _Ids(a, num_neighbors) for a in ids]
+        self.ids = [None if a is None else _Ids(a, num_neighbors, prefetch) for a in ids]
 
     def __call__(self, rows: Array) -> Array:
         """Neighbor ids (R, num_neighbors) int64 of rows (R,) int64; -1 for row -1."""
@@ -163,13 +170,13 @@ class _NeighborReader:
 class _Ids:
     """`_NeighborReader` of one store."""
 
-    def __init__(self, ids: Array, num_neighbors: int) -> None:
+    def __init__(self, ids: Array, num_neighbors: int, prefetch: bool) -> None:
         self.dtype: np.dtype[Any] = ids.dtype
-        self.items = _overlapping(ids, num_neighbors)
+        self.items = _Rows(ids, num_neighbors, prefetch)
         self.none = _item(self.items.dtype, ids.dtype, -1)
 
     def __call__(self, rows: Array) -> Array:
-        found: Array = self.items[np.maximum(rows, 0)]
+        found = self.items(np.maximum(rows, 0))
         found[rows < 0] = self.none
         return found.view(self.dtype).reshape(len(rows), -1)
 
@@ -181,6 +188,40 @@ def _by_store(rows: Array, first_rows: Array) -> Iterator[tuple[int, Array, Arra
     for store in np.unique(stores):
         chosen = np.flatnonzero(stores == store)
         yield int(store), chosen, np.maximum(rows[chosen] - first_rows[store], -1)
+
+
+class _Rows:
+    """Gathers `width` items from the start of each row of an array on, as one opaque item.
+
+    With `prefetch` the kernel is asked for all pages of a gather at once, and for nothing more: by
+    itself it would read them one after the other, each with what lies around it.
+    """
+
+    def __init__(self, array: Array, width: int, prefetch: bool) -> None:
+        self.items = _overlapping(array, width)
+        self.dtype = self.items.dtype
+        self.map: mmap.mmap | None = None
+        if prefetch and isinstance(array, np.memmap) and hasattr(mmap, "MADV_WILLNEED"):
+            self.map, self.start = array._mmap, array.offset  # type: ignore[attr-defined]
+            self.map.madvise(mmap.MADV_RANDOM)
+
+    def __call__(self, rows: Array) -> Array:
+        """Items of rows (R,) that have so many."""
+        if self.map is not None:
+            self._ask(self.map, rows)
+        found: Array = self.items[rows]
+        return found
+
+    def _ask(self, stored: mmap.mmap, rows: Array) -> None:
+        last_byte = self.items.itemsize - 1
+        steps = np.array([*range(0, last_byte, mmap.PAGESIZE), last_byte])
+        begin = self.start + rows * self.items.strides[0]
+        pages = np.unique((begin[:, None] + steps) // mmap.PAGESIZE)
+        breaks = np.flatnonzero(np.diff(pages) > 1)
+        firsts, lasts = pages[[0, *(breaks + 1)]], pages[[*breaks, -1]]
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            size = (last - first + 1) * mmap.PAGESIZE
+            stored.madvise(mmap.MADV_WILLNEED, first * mmap.PAGESIZE, size)
 
 
 def _overlapping(array: Array, width: int) -> Array:
@@ -209,15 +250,18 @@ class _Readers:
         self.wide = np.dtype(f"V{8 * size}")  # a chunk of int64
         self.no_tokens = _item(self.wide, np.dtype(np.int64), pad_id)
         self.no_labels = _item(self.wide, np.dtype(np.int64), NO_LABEL)
-        self.chunks = _ChunkReader(dataset.chunks, follow=1)
+        self.chunks = _ChunkReader(dataset.chunks, 1, dataset.prefetch)
         if dataset.num_neighbors:
             assert dataset.database is not None
-            self.database = _ChunkReader(dataset.database, follow=size)
+            self.database = _ChunkReader(dataset.database, size, dataset.prefetch)
             dtype = self.database.dtype
             self.narrow = np.dtype(f"V{dtype.itemsize * size}")  # a chunk as it is stored
             self.no_chunk = _item(self.narrow, dtype, pad_id)
             self.neighbors = _NeighborReader(
-                dataset.neighbor_ids(), dataset.chunks.first_rows, dataset.num_neighbors
+                dataset.neighbor_ids(),
+                dataset.chunks.first_rows,
+                dataset.num_neighbors,
+                dataset.prefetch,
             )
 
 
@@ -243,6 +287,8 @@ class RetroDataset(Dataset[Batch]):
             for evaluation: sequences overlap and each label is scored once (`plan_documents`).
         mode: "document": one document a sequence. "packed", for training: whole chunks of several
             documents, as `PreparedCorpus.sequences` has them.
+        prefetch: for stores on disk that memory does not hold: ask for all pages of a batch at once.
+            Costs some milliseconds a batch where they are in memory already.
 
     Raises:
         RetroDataError: a setting does not fit the chunk size, the stored neighbors or the corpora.
@@ -260,6 +306,7 @@ class RetroDataset(Dataset[Batch]):
         num_neighbors: int = 2,
         eval_stride: int | None = None,
         mode: str = "document",
+        prefetch: bool = False,
     ) -> None:
         self.split = split
         self.chunks = _stacked(corpora)
@@ -269,6 +316,7 @@ class RetroDataset(Dataset[Batch]):
         self.seq_len = seq_len
         self.pad_id, self.eos_id = pad_id, eos_id
         self.num_neighbors = num_neighbors
+        self.prefetch = prefetch
         self.chunks_per_sequence = whole_chunks("seq_len", seq_len, self.chunk_size)
         stride = None
         if eval_stride is not None:

@@ -45,6 +45,18 @@ def test_pipeline_measures_every_stage(tmp_path: Path) -> None:
         assert (row["limit"] is not None) == limited
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--mode=document", "--mode=packed", "--cold"])
+def test_the_loader_is_measured_in_every_way(option: str) -> None:
+    shape = "--rows 2000 --rounds 1 --seq-len 512 --batch-size 4 --cold-batches 2".split()
+    command = [sys.executable, BENCHMARKS / "loader.py", *shape, option]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert ("DataLoader, 2 workers" in run.stdout) == (option != "--cold")
+    assert ("classic, no workers" in run.stdout) == (option == "--mode=document")
+    assert ("prefetch" in run.stdout) == (option == "--cold")
+
+
 def test_pipeline_growth_is_a_row_and_a_unit_of_work(capsys: pytest.CaptureFixture[str]) -> None:
     module = runpy.run_path(str(BENCHMARKS / "pipeline.py"))
     mebi = 2**20

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import importlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -591,3 +594,77 @@ def test_a_failure_to_prepare_is_raised_on_all_ranks_with_its_cause(two_ranks: l
 def test_a_loader_made_for_one_process_is_refused_by_two(two_ranks: list[Any]) -> None:
     for _, _, failures in two_ranks:
         assert "made for 1 process, and is read by 2" in failures[1]
+
+
+# ---- killed, and resumed on other numbers of ranks and workers -----------------------------------
+
+
+def start_run(folder: Path, arguments: dict[str, Any], devices: int = 1, **given: Any) -> int:
+    """A training run in processes of its own; returns its exit code."""
+    script = Path(__file__).with_name("resumed_run.py")
+    told = {"folder": str(folder), "arguments": arguments, "devices": devices, **given}
+    launch = [sys.executable]
+    if devices > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    ran = subprocess.run(
+        [*launch, script, json.dumps(told)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert given.get("kill_at") or ran.returncode == 0, ran.stderr[-3000:]
+    return ran.returncode
+
+
+def global_batches(folder: Path) -> list[list[int]]:
+    """The samples of each step of a run, of all its ranks."""
+    ranks = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("order-*.jsonl"))
+    ]
+    return [
+        sorted(i for share in step for i in share if i >= 0) for step in zip(*ranks, strict=True)
+    ]
+
+
+def write_order(path: Path, batches: list[list[int]]) -> Path:
+    path.write_text("".join(f"{batch}\n" for batch in batches))
+    return path
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_sample_on_other_ranks_and_workers(
+    arguments: dict[str, Any], whole: list[list[int]], steps: int, tmp_path: Path
+) -> None:
+    """One order, in files: a run left alone, and one killed in each epoch and at the border."""
+    given = {**arguments, "global_batch_size": 8}
+    chain = [  # ranks, workers, and in which step of the whole the run is killed
+        (1, 0, 3),
+        (2, 0, steps),
+        (1, 2, steps + 3),
+        (2, 2, None),
+    ]
+    resumed: list[list[int]] = []
+    checkpoint, done = None, 0
+    for number, (ranks, workers, kill_at) in enumerate(chain):
+        folder = tmp_path / f"part-{number}"
+        code = start_run(
+            folder,
+            {**given, "num_workers": workers},
+            ranks,
+            checkpoint=checkpoint,
+            kill_at=None if kill_at is None else kill_at - done,
+        )
+        assert (code == 0) == (kill_at is None)
+        batches = global_batches(folder)
+        assert done + len(batches) == (kill_at or len(whole))
+        resumed[done:] = batches  # steps after the last checkpoint are made again
+        checkpoint = str(folder / "last.ckpt")
+        state = torch.load(checkpoint, weights_only=True)
+        done = state["global_step"]
+        position = state["RetroDataModule"]
+        assert done == position["epoch"] * steps + position["samples"] // 8
+    alone = [sorted(i for i in batch if i >= 0) for batch in whole]
+    a, b = (write_order(tmp_path / f"{n}.txt", o) for n, o in (("a", alone), ("b", resumed)))
+    assert filecmp.cmp(a, b, shallow=False)

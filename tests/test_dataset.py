@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from retro_data import artifact, store
-from retro_data.dataset import NO_LABEL, RetroDataset, collate, to_retro_pytorch
+from retro_data.dataset import NO_LABEL, RetroDataset, _Rows, collate, to_retro_pytorch
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import PreparedCorpus
 from retro_data.sequences import pack
@@ -223,6 +224,7 @@ def test_batches_equal_the_slow_reference(
         num_neighbors=k,
         eval_stride=None if stride is None else stride * CHUNK,
         mode="packed" if is_packed else "document",
+        prefetch=bool(seed % 2),
     )
     chunks = chunks_of([a, b])
     windows = [
@@ -422,6 +424,32 @@ def test_reading_never_changes_a_file(small: RetroDataset, tmp_path: Path) -> No
         assert array.mode == "r"
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
+
+
+def test_all_pages_of_a_batch_are_asked_for(tmp_path: Path) -> None:
+    """Rows of more than a page, and of less: every byte that is read, and nothing far from it."""
+    asked: list[tuple[int, int]] = []
+
+    class Map:
+        def madvise(self, advice: int, start: int = 0, size: int = 0) -> None:
+            if advice == mmap.MADV_WILLNEED:
+                asked.append((start, start + size))
+
+    for row_items in (3, 700, 5000):
+        artifact.save_array(tmp_path / f"{row_items}.npy", np.zeros((400, row_items), np.uint32))
+        array = artifact.open_array(tmp_path / f"{row_items}.npy")
+        rows = _Rows(array, 2 * row_items, prefetch=True)
+        assert rows.map is array._mmap
+        rows.map = Map()
+        chosen = np.array([7, 398, 8, 200, 7])
+        assert (rows(chosen) == rows.items[chosen]).all()
+        needed = set()
+        for row in chosen.tolist():
+            begin = array.offset + row * 4 * row_items
+            needed |= {byte // mmap.PAGESIZE for byte in range(begin, begin + 8 * row_items)}
+        pages = [p for a, b in asked for p in range(a // mmap.PAGESIZE, b // mmap.PAGESIZE)]
+        assert sorted(pages) == sorted(needed)
+        asked.clear()
 
 
 def test_a_pickled_dataset_opens_the_files_again(small: RetroDataset) -> None:

@@ -393,6 +393,22 @@ def test_both_lightnings_resume(
     assert fit(arguments, lightning, checkpoint=inside) == whole[3:]
 
 
+@pytest.mark.parametrize("estimate", [False, True])
+def test_a_strategy_that_restores_late_resumes(
+    lightning: Any, arguments: dict[str, Any], whole: list[list[int]], inside: str, estimate: bool
+) -> None:
+    """As FSDP does: the position comes after the optimizers, which may have asked for the loader."""
+    package = lightning.__name__
+    strategies = importlib.import_module(f"{package}.strategies")
+
+    class Late(strategies.SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    behaviour = {"estimate": estimate}
+    options = {"checkpoint": inside, "behaviour": behaviour, "strategy": Late(device="cpu")}
+    assert fit(arguments, lightning, **options) == whole[3:]
+
+
 def test_an_epoch_that_the_trainer_left_is_not_taken_up_again(
     arguments: dict[str, Any], whole: list[list[int]], steps: int, tmp_path: Path
 ) -> None:

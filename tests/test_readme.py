@@ -99,6 +99,14 @@ def test_many_processes(workplace: Path) -> None:
         assert len(list((workplace / "outputs").iterdir())) == 1
 
 
+def test_a_multirun_prepares_once(workplace: Path) -> None:
+    assert "`python train.py -m seed=1,2`" in README
+    root = "data.root=data/multirun"
+    out = run(f"python train.py -m seed=1,2 {' '.join(TINY)} {root} data.mode=packed", workplace)
+    assert out.count(" artifacts in ") == 1
+    assert "everything was prepared already" in out
+
+
 def test_a_multirun_with_more_devices_is_refused(workplace: Path) -> None:
     with pytest.raises(AssertionError, match=r"torchrun, or set trainer\.devices=1"):
         run(f"python train.py -m trainer.devices=2 {' '.join(TINY)}", workplace)

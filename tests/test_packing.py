@@ -11,8 +11,9 @@ import pytest
 from conftest import make_documents, write_jsonl
 from prepared import Made
 
-from retro_data import packing
+from retro_data import packing, pipeline
 from retro_data.datamodule import RetroDataModule
+from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import Settings, open_prepared
 from retro_data.splits import SPLITS, split_of_documents
@@ -89,11 +90,16 @@ def datamodule_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "mode": "packed", "seq_len": SEQ_LEN, "batch_size": 4, "num_neighbors": 2}
 
 
+def prepared(given: dict[str, Any]) -> RetroDataModule:
+    data = RetroDataModule(**given)
+    pipeline.prepare(data.settings(), InlineEngine())
+    return data
+
+
 def test_the_datamodule_trains_packed_and_evaluates_single_documents(
     arguments: dict[str, Any],
 ) -> None:
-    data = RetroDataModule(**datamodule_arguments(arguments))
-    data.prepare_data()
+    data = prepared(datamodule_arguments(arguments))
     data.setup("fit")
     batches = list(data.train_dataloader())
     ids = np.concatenate([batch["chunk_ids"].numpy().ravel() for batch in batches])
@@ -110,13 +116,13 @@ def test_another_seed_prepares_nothing_and_another_length_packs_again(
     arguments: dict[str, Any],
 ) -> None:
     given = datamodule_arguments(arguments)
-    RetroDataModule(**given).prepare_data()
+    prepared(given)
     other = RetroDataModule(**{**given, "seed": 7, "prepare": "verify"})
     other.prepare_data()
     other.setup("fit")
     root = Path(given["root"])
     before = set(root.glob("*/*"))
-    RetroDataModule(**{**given, "seq_len": 64}).prepare_data()
+    prepared({**given, "seq_len": 64})
     new = {path.parent.name for path in set(root.glob("*/*")) - before}
     assert new == {"packing", "prepared"}
     longer = RetroDataModule(**{**given, "seq_len": 256, "prepare": "verify"})
@@ -141,9 +147,8 @@ def test_corpora_that_do_not_train_are_not_packed(
         arguments["corpus"],
         {"name": "held", "path": str(held_out), "split": "val"},
     ]
-    data = RetroDataModule(**datamodule_arguments({**arguments, "corpus": corpora}))
-    data.prepare_data()
-    prepared = open_prepared(data.settings())
-    assert [corpus.sequences is None for corpus in prepared.corpora] == [False, True]
-    assert len(data.dataset("train")) == len(prepared.corpora[0].sequences)
+    data = prepared(datamodule_arguments({**arguments, "corpus": corpora}))
+    first, second = open_prepared(data.settings()).corpora
+    assert second.sequences is None
+    assert len(data.dataset("train")) == len(first.sequences)
     assert len(data.dataset("val"))

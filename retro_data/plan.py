@@ -371,8 +371,8 @@ class _Reckoning:
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
         if self.settings.packing is not None:
-            trained = [c.name for c in self.settings.corpora if c.split in ("hash", "train")]
-            stages += [self._packing(name, self.settings.packing.seq_len) for name in trained]
+            trained = [c for c in self.settings.corpora if c.split in ("hash", "train")]
+            stages += [self._packing(c, self.settings.packing.seq_len) for c in trained]
         before = itertools.accumulate((stage.bytes for stage in stages), initial=0)
         shares = self.shares.values()
         return Plan(
@@ -482,11 +482,14 @@ class _Reckoning:
             memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
 
-    def _packing(self, name: str, seq_len: int) -> StagePlan:
-        chunks, wide = self.chunks[name], 8 if self.chunks[name] >= 2**31 else 4
+    def _packing(self, corpus: CorpusSettings, seq_len: int) -> StagePlan:
+        splits, chunks = self.settings.splits, self.chunks[corpus.name]
+        wide = 8 if chunks >= 2**31 else 4
+        if corpus.split == "hash":
+            chunks = int(chunks * (1 - splits.val - splits.test))
         rows, size = chunks * self.settings.chunks.chunk_size // seq_len, wide * chunks
         memory = self.measured.memory["chunks"] + 6 * 8 * min(chunks, BLOCK_CHUNKS)
-        return StagePlan(f"packing {name}", rows, size, 2 * size, memory, 0.0, "small")
+        return StagePlan(f"packing {corpus.name}", rows, size, 2 * size, memory, 0.0, "small")
 
     def _search_devices(self) -> tuple[str, int]:
         from retro_data.engines.local import visible_devices

@@ -37,6 +37,7 @@ def test_the_plan_holds(small: Small, tmp_path: Path, monkeypatch: pytest.Monkey
         **small(
             corpus={"name": "c", "path": str(tmp_path / "corpus")},
             neighbors={"num_stored": 8, "search": "exact"},
+            packing={"seq_len": 256},
         )
     )
     monkeypatch.setattr(plan, "SAMPLE_FILES", 8)

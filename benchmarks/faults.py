@@ -62,7 +62,10 @@ PRELOADED = (
 CALLS = (
     "write fsync link replace rename unlink truncate ftruncate copy_file_range open mkdir rmdir"
 ).split()  # of `os`, by which a run changes its files; and `open`, before what it reads
-TILING = {"SPAN_BYTES": 4096, "SCAN_BYTES": 1}  # several blocks even of a small corpus
+TILING = {  # several blocks even of a small corpus
+    "scan": {"SPAN_BYTES": 4096, "SCAN_BYTES": 1},
+    "packing": {"BLOCK_CHUNKS": 200},
+}
 STALE_SECONDS = 0.5  # of every run's leases: a kill may leave one that does not name its holder
 HANGS = 120.0  # seconds after which a run that has not ended is a defect
 VARYING = {"seconds", "wall_seconds_of_last_run", "build_seconds", "ms_per_query", "digest"}
@@ -167,11 +170,12 @@ def run_prepare(
     report: str = "",
 ) -> None:
     """`pipeline.prepare`, in this process or with `workers` of its own, with a trap set."""
-    from retro_data import pipeline, scan, stage
+    from retro_data import pipeline, stage
     from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
 
-    for name, value in TILING.items():
-        setattr(scan, name, value)
+    for module, sizes in TILING.items():
+        for name, value in sizes.items():
+            setattr(importlib.import_module(f"retro_data.{module}"), name, value)
     lease = functools.partial(artifact.Lease, beat_seconds=0.1, stale_seconds=STALE_SECONDS)
     setattr(stage, "Lease", lease)  # noqa: B010
     engine = LocalEngine(EngineSettings((), workers)) if workers else InlineEngine()
@@ -630,6 +634,7 @@ class Bench:
             },
             "index": {"factory": "IVF4,Flat", "threads": 1, "recall_queries": 50},
             "neighbors": {"search": search, "num_stored": 4, "block_rows": 200},
+            "packing": {"seq_len": 64},
         }
         whole = {"root": str(root), **arguments}
         self._must(self.runs.start("prepare", self.log, arguments=whole, report=str(report)))

@@ -34,6 +34,10 @@ def _index_dtype(num_samples: int) -> type:
     return np.uint32 if num_samples <= 2**32 else np.uint64
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
 class Mixture:
     """The shares in which an epoch draws from several corpora.
 
@@ -67,6 +71,10 @@ class Mixture:
         self.counts[np.argsort(self.counts - exact, kind="stable")[:left]] += 1
 
     def _check(self, sequences: Mapping[str, int], shares: Mapping[str, float]) -> None:
+        if not isinstance(shares, Mapping) or not all(map(_is_share, shares.values())):
+            raise RetroDataError(
+                f"mixture={shares!r}: expected corpus: share, each a number of at least 0."
+            )
         train = [name for name, count in sequences.items() if count]
         unnamed = [name for name in train if name not in shares]
         without = [
@@ -77,12 +85,8 @@ class Mixture:
                 f"mixture names {list(shares)}; the corpora with training sequences are {train}. "
                 "Give each of these a share (0 leaves it out), and no other."
             )
-        if not all(math.isfinite(s) and s >= 0 for s in shares.values()) or not any(
-            shares.values()
-        ):
-            raise RetroDataError(
-                f"mixture={dict(shares)}: expected shares of at least 0, not all of them 0."
-            )
+        if not any(shares.values()):
+            raise RetroDataError(f"mixture={dict(shares)}: expected a share that is not 0.")
 
     def order(self, seed: int, epoch: int) -> Array:
         """The samples of an epoch: (num_samples,) indices into the dataset, uint32 or uint64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,11 +98,13 @@ def test_ranks_share_a_mixture_and_resume_inside_it(
         ({"a": 1}, r"the corpora with training sequences are \['a', 'b'\]"),
         ({"a": 1, "b": 1, "x": 0}, "and no other"),
         ({"a": 1, "b": 1, "held": 1}, "and no other"),
-        ({"a": 0, "b": 0}, "not all of them 0"),
+        ({"a": 0, "b": 0}, "a share that is not 0"),
+        ({"a": "most", "b": 1}, "at least 0"),
+        ([0.5, 0.5], "expected corpus: share"),
         ({"a": -1, "b": 2}, "at least 0"),
         ({"a": float("nan"), "b": 2}, "at least 0"),
     ],
 )
-def test_shares_that_do_not_fit_are_refused(shares: dict[str, float], message: str) -> None:
+def test_shares_that_do_not_fit_are_refused(shares: Any, message: str) -> None:
     with pytest.raises(RetroDataError, match=message):
         Mixture({"a": 5, "held": 0, "b": 5}, shares)

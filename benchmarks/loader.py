@@ -39,7 +39,7 @@ from retro_data.pipeline import PreparedCorpus
 from retro_data.sampler import GlobalOrderSampler
 from retro_data.sequences import SequencePlan, pack
 from retro_data.splits import SPLITS
-from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences
 
 Array = np.ndarray[Any, Any]
 
@@ -98,11 +98,15 @@ def corpus_at(chunks: Path, neighbors: Path) -> PreparedCorpus:
     return PreparedCorpus(opened, split, NeighborLists(neighbors), opened.key)
 
 
-def dataset_of(corpus: PreparedCorpus, args: argparse.Namespace, **options: Any) -> RetroDataset:
+def dataset_of(
+    corpus: PreparedCorpus, args: argparse.Namespace, scratch: Path, **options: Any
+) -> RetroDataset:
     if args.mode == "packed":
         first = corpus.chunks.documents.first_chunk
-        sequences = pack(first[:-1], np.diff(first), args.seq_len // CHUNK)
-        corpus = replace(corpus, sequences=sequences)
+        sequences = pack(first[:-1], np.diff(first), args.seq_len // CHUNK).astype(np.int32)
+        if not (scratch / "packing").exists():
+            write_artifact(scratch / "packing", {store.SEQUENCES: sequences})
+        corpus = replace(corpus, sequences=PackedSequences(scratch / "packing"))
     return RetroDataset(
         [corpus],
         "train",
@@ -223,12 +227,12 @@ def disk_bytes() -> int:
     return sum(512 * int(f[5]) for f in fields if f[2] in disks and not f[2].startswith("loop"))
 
 
-def run_cold(args: argparse.Namespace, folders: tuple[Path, Path]) -> None:
+def run_cold(args: argparse.Namespace, folders: tuple[Path, Path], scratch: Path) -> None:
     print(f"{'from the disk':38}{'M tokens/s':>12}{'MB a batch':>12}")
     for workers, prefetch in itertools.product((0, 2, 8), (False, True)):
         for folder in folders:
             evict(folder)
-        dataset = dataset_of(corpus_at(*folders), args, prefetch=prefetch)
+        dataset = dataset_of(corpus_at(*folders), args, scratch, prefetch=prefetch)
         batches = iter(through_loader(dataset, args.batch_size, workers))
         before, began = disk_bytes(), time.perf_counter()
         tokens = sum(itertools.islice(batches, args.cold_batches))
@@ -307,10 +311,10 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     else:
         write_synthetic(scratch, args.rows, args.stored)
     if args.cold:
-        run_cold(args, (chunks, neighbors))
+        run_cold(args, (chunks, neighbors), scratch)
         return
     corpus = corpus_at(chunks, neighbors)
-    dataset = dataset_of(corpus, args)
+    dataset = dataset_of(corpus, args, scratch)
     batch = dataset.__getitems__(range(args.batch_size))
     constant = Constant(batch, 2000)
     ours = partial(loader, dataset, args.batch_size)

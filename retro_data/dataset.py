@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, get_worker_info
 from retro_data.errors import RetroDataError
 from retro_data.sequences import MODES, PackedPlan, SequencePlan, plan_documents, whole_chunks
 from retro_data.splits import SPLITS
-from retro_data.store import ChunkStore, DatabaseStores
+from retro_data.store import ChunkStore, DatabaseStores, PackedSequences
 
 if TYPE_CHECKING:
     from retro_data.pipeline import PreparedCorpus
@@ -329,8 +329,10 @@ class RetroDataset(Dataset[Batch]):
         documents = [_documents_of(corpus, split) for corpus in corpora]
         self._is_read = [len(rows) > 0 for rows in documents]
         self.plan: SequencePlan | PackedPlan
+        self.sequences: list[PackedSequences | None] = []
         if mode == "packed":
-            self.plan = self._packed_plan(corpora)
+            self.sequences = [corpus.sequences for corpus in corpora]
+            self.plan = self._packed_plan()
         elif mode == "document":
             self.plan = self._plan(documents, stride)
         else:
@@ -350,21 +352,21 @@ class RetroDataset(Dataset[Batch]):
             np.concatenate(first), np.concatenate(count), self.chunks_per_sequence, stride
         )
 
-    def _packed_plan(self, corpora: Sequence[PreparedCorpus]) -> PackedPlan:
+    def _packed_plan(self) -> PackedPlan:
         tables = []
-        for corpus, is_read in zip(corpora, self._is_read, strict=True):
-            table = corpus.sequences
-            if not is_read:
-                tables.append(np.empty((0, self.chunks_per_sequence), np.int32))
-                continue
-            if table is None or table.shape[1] != self.chunks_per_sequence or self.split != "train":
-                found = "none" if table is None else f"sequences of {table.shape[1]} chunks"
+        width = self.chunks_per_sequence
+        for store, packed, is_read in zip(
+            self.chunks.stores, self.sequences, self._is_read, strict=True
+        ):
+            rows = np.empty((0, width), np.int32) if packed is None else packed.rows
+            if is_read and (packed is None or rows.shape[1] != width or self.split != "train"):
+                found = "none" if packed is None else f"sequences of {rows.shape[1]} chunks"
                 raise RetroDataError(
-                    f"mode=packed reads packed sequences of {self.chunks_per_sequence} chunks of the "
-                    f"split train; found {found} for {corpus.chunks.name}, split {self.split}. Run "
-                    "`retro-data prepare` with mode=packed and this seq_len."
+                    f"mode=packed reads packed sequences of {width} chunks of the split train; found "
+                    f"{found} for {store.name}, split {self.split}. Run `retro-data prepare` with "
+                    "mode=packed and this seq_len."
                 )
-            tables.append(table)
+            tables.append(rows)
         return PackedPlan(tables, self.chunks.first_rows[:-1])
 
     @property
@@ -411,8 +413,15 @@ class RetroDataset(Dataset[Batch]):
     def _readers(self) -> _Readers:
         return _Readers(self)
 
-    def __getstate__(self) -> dict[str, Any]:  # without the readers: views travel as whole copies
-        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of memory maps: it would travel as whole copies."""
+        made = ("_readers", "plan") if self.sequences else ("_readers",)
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.sequences:
+            self.plan = self._packed_plan()
 
     def __len__(self) -> int:
         return len(self.plan)

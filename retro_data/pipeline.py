@@ -36,7 +36,7 @@ from retro_data.scan import CorpusStage, digest_files
 from retro_data.sequences import whole_chunks
 from retro_data.splits import SplitSettings, split_of_documents
 from retro_data.stage import Engine, Stage, complete, stage_key
-from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, packed_sequences
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
 
 log = logging.getLogger(__name__)
@@ -369,15 +369,14 @@ class PreparedCorpus:
         split_of_document: (D,) uint8, index into SPLITS.
         neighbors: None for a corpus that is only ever retrieved.
         key: of all its data.
-        sequences: (S, chunks of a sequence) chunk rows of packed training sequences, -1 beyond;
-            None where none were packed.
+        sequences: packed training sequences, None where none were packed.
     """
 
     chunks: ChunkStore
     split_of_document: np.ndarray[Any, Any]
     neighbors: NeighborLists | None
     key: str
-    sequences: np.ndarray[Any, Any] | None = None
+    sequences: PackedSequences | None = None
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,7 @@ def open_prepared(settings: Settings) -> Prepared:
         identity = [chunks.key, note["neighbors"].get(name), corpus.split]
         sequences = None
         if settings.packing is not None and name in note["packing"]:
-            sequences = packed_sequences(folder("packing", name))
+            sequences = PackedSequences(folder("packing", name))
         key = canonical_json(identity)
         corpora.append(PreparedCorpus(chunks, split, neighbors, key, sequences))
     chosen = settings.database.corpora or [corpus.name for corpus in settings.corpora]

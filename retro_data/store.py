@@ -251,9 +251,19 @@ class NeighborLists:
         return NeighborLists, (self.folder,)
 
 
-def packed_sequences(folder: Path) -> Array:
-    """(S, chunks of a sequence) chunk rows of a `packing` artifact, -1 at the end of a sequence."""
-    return _open(folder, SEQUENCES, finished(folder))
+class PackedSequences:
+    """Training sequences of one store that documents share.
+
+    Attributes:
+        rows: (S, chunks of a sequence) chunk rows, -1 at the end of a sequence that is not full.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.rows = _open(self.folder, SEQUENCES, finished(self.folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedSequences, (self.folder,)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from retro_data.errors import RetroDataError
 from retro_data.pipeline import PreparedCorpus
 from retro_data.sequences import pack
 from retro_data.splits import SPLITS
-from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences
 
 VOCAB = 60_000  # every token of a fixture is another number
 PAD, EOS = VOCAB, VOCAB - 1
@@ -88,7 +88,7 @@ def corpus_of(
     chunks: ChunkStore,
     neighbors: NeighborLists | None = None,
     split: str = "train",
-    sequences: np.ndarray | None = None,
+    sequences: PackedSequences | None = None,
 ) -> PreparedCorpus:
     splits = np.full(len(chunks.documents), SPLITS.index(split), np.uint8)
     return PreparedCorpus(chunks, splits, neighbors, chunks.key, sequences)
@@ -209,9 +209,13 @@ def test_batches_equal_the_slow_reference(
     tables = [
         pack(s.documents.first_chunk[:-1], np.diff(s.documents.first_chunk), n) for s in (a, b)
     ]
+    packed = [
+        PackedSequences(write_artifact(folder / f"p{i}", "p", {store.SEQUENCES: table}))
+        for i, table in enumerate(tables)
+    ]
     corpora = [
-        corpus_of(a, write_neighbors(folder / "na", ids[0]), sequences=tables[0]),
-        corpus_of(b, write_neighbors(folder / "nb", ids[1].astype(np.int64)), sequences=tables[1]),
+        corpus_of(a, write_neighbors(folder / "na", ids[0]), sequences=packed[0]),
+        corpus_of(b, write_neighbors(folder / "nb", ids[1].astype(np.int64)), sequences=packed[1]),
     ]
     stride = min(stride, n) if isinstance(stride, int) else None
     dataset = RetroDataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import Settings, open_prepared
 from retro_data.splits import SPLITS, split_of_documents
-from retro_data.store import packed_sequences
+from retro_data.store import PackedSequences
 
 CHUNK, SEQ_LEN = 16, 128
 CAPACITY = SEQ_LEN // CHUNK
@@ -44,7 +45,7 @@ def test_all_training_documents_and_no_others_are_packed(
 ) -> None:
     monkeypatch.setattr(packing, "BLOCK_CHUNKS", block_chunks)
     made = Made(arguments)
-    table = packed_sequences(made.folder("packing small"))
+    table = PackedSequences(made.folder("packing small")).rows
     rows, tokens = training_chunks(made)
     assert sorted(table[table >= 0].tolist()) == rows.tolist()
     assert table.dtype == np.int32
@@ -73,7 +74,7 @@ def test_packing_goes_by_identity_not_by_place(
         made = Made(
             small(root=tmp_path / name, corpus=corpus, packing={"seq_len": 64}, splits={"val": 0.2})
         )
-        chunks, table = made.chunks(), packed_sequences(made.folder("packing small"))
+        chunks, table = made.chunks(), PackedSequences(made.folder("packing small")).rows
         ids = [chunks.documents.id(d) for d in range(len(chunks.documents))]
         met.append(
             sorted(
@@ -104,6 +105,10 @@ def test_the_datamodule_trains_packed_and_evaluates_single_documents(
     batches = list(data.train_dataloader())
     ids = np.concatenate([batch["chunk_ids"].numpy().ravel() for batch in batches])
     assert sorted(ids[ids >= 0].tolist()) == training_chunks(Made(arguments))[0].tolist()
+    again = pickle.loads(pickle.dumps(data.dataset("train")))
+    assert len(pickle.dumps(again)) < 20_000  # no table: a worker maps the file again
+    for name, value in again.__getitems__([0, 1]).items():
+        assert value.equal(data.dataset("train").__getitems__([0, 1])[name]), name
     documents = np.concatenate([batch["document_ids"].numpy() for batch in batches])
     shared = [len(set(row[row >= 0].tolist())) for row in documents]
     assert max(shared) > 1
@@ -150,5 +155,5 @@ def test_corpora_that_do_not_train_are_not_packed(
     data = prepared(datamodule_arguments({**arguments, "corpus": corpora}))
     first, second = open_prepared(data.settings()).corpora
     assert second.sequences is None
-    assert len(data.dataset("train")) == len(first.sequences)
+    assert len(data.dataset("train")) == len(first.sequences.rows)
     assert len(data.dataset("val"))

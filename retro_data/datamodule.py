@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from retro_data import pipeline
 from retro_data.dataset import RetroDataset, collate
 from retro_data.errors import RetroDataError
-from retro_data.order import Mixture
+from retro_data.order import Mixture, check_shares
 from retro_data.pipeline import Prepared, Settings
 from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
 from retro_data.sequences import MODES
@@ -45,13 +45,7 @@ UNTRUE_WARNINGS = (  # Lightning's advice, which does not hold for these loaders
     ".*ended before the epoch ended and your dataloader is not resumable",
 )
 POSITION = "retro_data_position"  # marks our state in a checkpoint, whatever class saved it
-ORDER_FIELDS = (
-    "data",
-    "seq_len",
-    "mode",
-    "mixture",
-    "seed",
-)  # what the order of samples depends on
+ORDER_FIELDS = ("data", "seq_len", "mode", "mixture", "seed")  # what the order depends on
 
 
 def _data_module_base() -> type:
@@ -183,7 +177,9 @@ class RetroDataModule(_LightningDataModule):
         self._failure: Exception | None = None
         self._sampler: GlobalOrderSampler | None = None
         self._loaded: dict[str, Any] | None = None
-        self.settings()
+        settings = self.settings()
+        if self.mixture is not None:
+            check_shares(self.mixture, [corpus.name for corpus in settings.corpora])
 
     # ---- what the data is ------------------------------------------------------------------------
 

@@ -207,7 +207,7 @@ class _Rows:
 
     def __call__(self, rows: Array) -> Array:
         """Items of rows (R,) that have so many."""
-        if self.map is not None:
+        if self.map is not None and len(rows):
             self._ask(self.map, rows)
         found: Array = self.items[rows]
         return found

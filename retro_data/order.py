@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,22 @@ def global_order(num_samples: int, seed: int, epoch: int) -> Array:
 
 def _index_dtype(num_samples: int) -> type:
     return np.uint32 if num_samples <= 2**32 else np.uint64
+
+
+def check_shares(shares: Any, corpora: Sequence[str]) -> None:
+    """Refuse a mixture that is none of these corpora.
+
+    Raises:
+        RetroDataError: it is no mapping of shares, or names something else.
+    """
+    values = list(shares.values()) if isinstance(shares, Mapping) else []
+    if not all(map(_is_share, values)) or not any(values):
+        raise RetroDataError(
+            f"mixture={shares!r}: expected corpus: share, each a number of at least 0, not all of "
+            "them 0."
+        )
+    if unknown := sorted(set(shares) - set(corpora)):
+        raise RetroDataError(f"mixture names {unknown}; the corpora are {list(corpora)}.")
 
 
 def _is_share(value: object) -> bool:
@@ -71,22 +87,15 @@ class Mixture:
         self.counts[np.argsort(self.counts - exact, kind="stable")[:left]] += 1
 
     def _check(self, sequences: Mapping[str, int], shares: Mapping[str, float]) -> None:
-        if not isinstance(shares, Mapping) or not all(map(_is_share, shares.values())):
-            raise RetroDataError(
-                f"mixture={shares!r}: expected corpus: share, each a number of at least 0."
-            )
+        check_shares(shares, list(sequences))
         train = [name for name, count in sequences.items() if count]
         unnamed = [name for name in train if name not in shares]
-        without = [
-            n for n, share in shares.items() if n not in sequences or (share and n not in train)
-        ]
+        without = [name for name, share in shares.items() if share and name not in train]
         if unnamed or without:
             raise RetroDataError(
                 f"mixture names {list(shares)}; the corpora with training sequences are {train}. "
                 "Give each of these a share (0 leaves it out), and no other."
             )
-        if not any(shares.values()):
-            raise RetroDataError(f"mixture={dict(shares)}: expected a share that is not 0.")
 
     def order(self, seed: int, epoch: int) -> Array:
         """The samples of an epoch: (num_samples,) indices into the dataset, uint32 or uint64."""

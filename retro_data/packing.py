@@ -23,9 +23,7 @@ from retro_data.splits import SPLITS, SplitSettings, split_hash, split_of_docume
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, lay_parts, total_counts
 from retro_data.store import ChunkStore
 
-BLOCK_CHUNKS = (
-    2**21
-)  # packed by themselves: tens of MB, and thousands of sequences to one half empty
+BLOCK_CHUNKS = 2**21  # packed by themselves: tens of MB, and too many for one half empty to matter
 ORDER = "packing"  # salt of the hash by which documents meet
 
 

@@ -411,6 +411,7 @@ def open_prepared(settings: Settings) -> Prepared:
         sequences = None
         if settings.packing is not None and name in note["packing"]:
             sequences = PackedSequences(folder("packing", name))
+            identity.append(note["packing"][name])
         key = canonical_json(identity)
         corpora.append(PreparedCorpus(chunks, split, neighbors, key, sequences))
     chosen = settings.database.corpora or [corpus.name for corpus in settings.corpora]

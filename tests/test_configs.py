@@ -85,7 +85,9 @@ def test_several_corpora_by_the_override_of_the_readme(tmp_path: Path) -> None:
 def test_a_mixture_by_the_override_of_the_readme(tmp_path: Path) -> None:
     override = "data.mixture={a: 0.7, b: 0.3}"
     assert f"'{override}'" in (REPOSITORY / "README.md").read_text("utf-8")
-    config = compose(*NEEDED, f"data.root={tmp_path}", override, "data.mode=packed")
+    corpora = "+data.corpus=[{name: a, path: a.jsonl}, {name: b, path: b.jsonl}]"
+    given = ("~data/corpus", corpora, f"data.root={tmp_path}", override, "data.mode=packed")
+    config = compose(*given)
     data = hydra.utils.instantiate(config.data)
     assert data.mixture == {"a": 0.7, "b": 0.3}
     assert data.settings().packing.seq_len == 1024

@@ -279,6 +279,21 @@ def test_auto_only_verifies_where_root_is_read_only(
         RetroDataModule(**gone, prepare="build").prepare_data()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mode": "best"}, "mode='best'; expected one of document, packed"),
+        ({"mixture": {"wordz": 1}}, r"mixture names \['wordz'\]; the corpora are \['words'\]"),
+        ({"mixture": 0.5}, "mixture=0.5: expected corpus: share"),
+    ],
+)
+def test_a_way_of_reading_that_cannot_be_is_refused_before_preparing(
+    arguments: dict[str, Any], setting: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RetroDataError, match=message):
+        RetroDataModule(**{**arguments, **setting})
+
+
 def test_unknown_settings_are_refused_at_once(arguments: dict[str, Any]) -> None:
     with pytest.raises(RetroDataError, match=r"unknown setting neighbors.num_neighbors"):
         RetroDataModule(**{**arguments, "neighbors": {"num_neighbors": 4}})

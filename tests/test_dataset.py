@@ -430,6 +430,12 @@ def test_reading_never_changes_a_file(small: RetroDataset, tmp_path: Path) -> No
             array[0] = 0
 
 
+def test_an_empty_batch_asks_for_nothing(tmp_path: Path) -> None:
+    artifact.save_array(tmp_path / "a.npy", np.zeros((4, 3), np.uint32))
+    rows = _Rows(artifact.open_array(tmp_path / "a.npy"), 3, prefetch=True)
+    assert rows(np.zeros(0, np.int64)).shape == (0,)
+
+
 def test_all_pages_of_a_batch_are_asked_for(tmp_path: Path) -> None:
     """Rows of more than a page, and of less: every byte that is read, and nothing far from it."""
     asked: list[tuple[int, int]] = []

@@ -96,9 +96,9 @@ def test_ranks_share_a_mixture_and_resume_inside_it(
     ("shares", "message"),
     [
         ({"a": 1}, r"the corpora with training sequences are \['a', 'b'\]"),
-        ({"a": 1, "b": 1, "x": 0}, "and no other"),
+        ({"a": 1, "b": 1, "x": 0}, r"mixture names \['x'\]; the corpora are"),
         ({"a": 1, "b": 1, "held": 1}, "and no other"),
-        ({"a": 0, "b": 0}, "a share that is not 0"),
+        ({"a": 0, "b": 0}, "not all of them 0"),
         ({"a": "most", "b": 1}, "at least 0"),
         ([0.5, 0.5], "expected corpus: share"),
         ({"a": -1, "b": 2}, "at least 0"),

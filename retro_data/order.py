@@ -4,8 +4,8 @@
     corpus b  permutation, permutation, …  ─┴─► shuffled ─► the order of the epoch
 
 Each corpus of a mixture is a stream of permutations of its sequences, which goes on from epoch to
-epoch: no sequence is drawn again before all others of its corpus were. Everything follows from
-(seed, epoch), so a position is a number of samples, as without a mixture.
+epoch: at the end of any epoch all sequences of a corpus have come equally often, give or take one.
+Everything follows from (seed, epoch), so a position is a number of samples, as without a mixture.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from retro_data.packing import PackingSettings, PackingStage
 from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
 from retro_data.sequences import whole_chunks
-from retro_data.splits import SplitSettings, split_of_documents
+from retro_data.splits import TRAINING, SplitSettings, split_of_documents
 from retro_data.stage import Engine, Stage, complete, stage_key
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
@@ -123,7 +123,7 @@ class Settings:
             whole_chunks("seq_len", self.packing.seq_len, self.chunks.chunk_size)
         if self.tokenizer.name is not None:
             return
-        if not any(corpus.split in ("hash", "train") for corpus in self.corpora):
+        if not any(corpus.split in TRAINING for corpus in self.corpora):
             raise RetroDataError(
                 f"none of the corpora {names} holds training documents (corpus.split hash or train) "
                 "to train a tokenizer on. Name one (tokenizer.name)."
@@ -230,9 +230,7 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
         yield scans[name]
     splits = {corpus.name: corpus.split for corpus in settings.corpora}
     training = [
-        TrainingCorpus(readers[n].settings, *scans[n].place)
-        for n in names
-        if splits[n] in ("hash", "train")
+        TrainingCorpus(readers[n].settings, *scans[n].place) for n in names if splits[n] in TRAINING
     ]
     tokenizer = step(TokenizerStage(settings.tokenizer, training, settings.splits.salt))
     yield tokenizer
@@ -281,7 +279,7 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 name,
             )
     for name in names:
-        if settings.packing is not None and splits[name] in ("hash", "train"):
+        if settings.packing is not None and splits[name] in TRAINING:
             stage = PackingStage(
                 settings.packing, name, splits[name], settings.splits, chunks[name].place
             )

@@ -38,7 +38,7 @@ from retro_data.index_factory import choose_factory, estimated_bytes, format_mem
 from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
-from retro_data.splits import SPLITS, split_of_documents
+from retro_data.splits import SPLITS, TRAINING, split_of_documents
 from retro_data.stage import Engine, complete
 from retro_data.store import ChunkStore
 
@@ -371,7 +371,7 @@ class _Reckoning:
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
         if self.settings.packing is not None:
-            trained = [c for c in self.settings.corpora if c.split in ("hash", "train")]
+            trained = [c for c in self.settings.corpora if c.split in TRAINING]
             stages += [self._packing(c, self.settings.packing.seq_len) for c in trained]
         before = itertools.accumulate((stage.bytes for stage in stages), initial=0)
         shares = self.shares.values()

@@ -18,6 +18,7 @@ from retro_data.errors import RetroDataError
 Array = np.ndarray[Any, Any]
 
 SPLITS = ("train", "val", "test", "database")
+TRAINING = ("hash", "train")  # `split` of corpora that hold training documents
 
 
 @dataclass(frozen=True)

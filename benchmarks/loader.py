@@ -112,7 +112,7 @@ def dataset_of(
         "train",
         database=DatabaseStores((corpus.chunks,), (0, len(corpus.chunks))),
         seq_len=args.seq_len,
-        pad_id=int(np.iinfo(corpus.chunks.tokens.dtype).max) if args.root else VOCAB,
+        pad_id=VOCAB if corpus.chunks.pad_id is None else corpus.chunks.pad_id,
         eos_id=0,
         num_neighbors=args.num_neighbors,
         mode=args.mode,

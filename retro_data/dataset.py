@@ -73,9 +73,9 @@ class _ChunkReader:
         """What lies at rows (R,) int64; -1 stands for no chunk.
 
         Returns:
-            tokens (R, chunk_size + follow), meaningless beyond the lengths; lengths (R, 2) of the
-            chunk and of the one that follows, 0 for no chunk and where that is of another
-            document; documents (R,), global, meaningless for no chunk.
+            tokens (R, chunk_size + follow), as stored, meaningless where a length is 0; lengths
+            (R, 2) of the chunk and of the one that follows, 0 for no chunk and where that is of
+            another document; documents (R,), global, meaningless for no chunk.
 
         Raises:
             RetroDataError: a row beyond the last.
@@ -280,7 +280,7 @@ class RetroDataset(Dataset[Batch]):
         split: "train", "val" or "test".
         database: the stores that neighbor ids point into; None only with num_neighbors 0.
         seq_len: tokens of a sequence, whole chunks.
-        pad_id: what stands beyond real tokens.
+        pad_id: what stands beyond real tokens, in the stores too.
         eos_id: label after a document's last token; None leaves it unscored.
         num_neighbors: neighbors of each chunk, the nearest of those stored; 0 reads none.
         eval_stride: tokens, whole chunks. None, for training: every token is in one sequence. Else,
@@ -338,6 +338,7 @@ class RetroDataset(Dataset[Batch]):
         else:
             raise RetroDataError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
         self._layouts: dict[int, Any] = {}  # of batches, by their size
+        self._check_padding()
         self._check_neighbors()
 
     def _plan(self, documents: Sequence[Array], stride: int | None) -> SequencePlan:
@@ -374,6 +375,17 @@ class RetroDataset(Dataset[Batch]):
         """Sequences of each corpus; those of the first one come first."""
         counts = self.plan.counts(self.chunks.first_rows).tolist()
         return {s.name: n for s, n in zip(self.chunks.stores, counts, strict=True)}
+
+    def _check_padding(self) -> None:
+        """Chunks are handed on with the padding they are stored with."""
+        stores = [*self.chunks.stores, *(self.database.stores if self.database else ())]
+        for store in stores:
+            if store.pad_id not in (self.pad_id, None):
+                raise RetroDataError(
+                    f"pad_id={self.pad_id}, but the chunks of {store.name} are padded by "
+                    f"{store.pad_id}: another tokenizer made them. Run `retro-data prepare`, so that "
+                    "all corpora are tokenized by one."
+                )
 
     def _check_neighbors(self) -> None:
         if self.num_neighbors == 0:
@@ -482,16 +494,15 @@ class RetroDataset(Dataset[Batch]):
         inputs.view(read.wide).ravel()[absent] = read.no_tokens
         labels.view(read.wide).ravel()[absent] = read.no_labels
         ends = np.flatnonzero((lengths[:, 1] == 0) & ~absent)
-        self._end_documents(inputs, labels, ends, lengths[ends, 0])
+        self._end_documents(labels, ends, lengths[ends, 0])
         batch["chunk_lengths"][...] = lengths[:, 0].reshape(rows.shape)
         batch["chunk_ids"][...] = rows
         batch["document_ids"][...] = documents.reshape(rows.shape)
         batch["document_ids"][rows < 0] = -1
 
-    def _end_documents(self, inputs: Array, labels: Array, ends: Array, lengths: Array) -> None:
-        """Put padding, and the label that ends a document, into its last chunk: rows `ends`."""
+    def _end_documents(self, labels: Array, ends: Array, lengths: Array) -> None:
+        """Put the label that ends a document, and none beyond, into its last chunk: rows `ends`."""
         real = self._readers.masks.take(lengths).view(bool).reshape(-1, self.chunk_size)
-        inputs[ends] = np.where(real, inputs[ends], self.pad_id)
         labels[ends] = np.where(real, labels[ends], NO_LABEL)
         labels[ends, lengths - 1] = NO_LABEL if self.eos_id is None else self.eos_id
 
@@ -502,9 +513,6 @@ class RetroDataset(Dataset[Batch]):
         tokens = tokens.reshape(-1, size)  # neighbor and continuation by turns
         lengths = lengths.ravel()
         tokens.view(read.narrow).ravel()[lengths == 0] = read.no_chunk
-        cut = np.flatnonzero((lengths > 0) & (lengths < size))
-        real = read.masks.take(lengths[cut]).view(bool).reshape(-1, size)
-        tokens[cut] = np.where(real, tokens[cut], tokens.dtype.type(self.pad_id))
         batch["neighbor_tokens"].reshape(-1, size)[...] = tokens
         mask = batch["neighbor_mask"].reshape(-1, size).view(read.masks.dtype).ravel()
         read.masks.take(lengths, out=mask, mode="clip")

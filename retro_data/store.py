@@ -207,6 +207,17 @@ class ChunkStore:
     def chunk_size(self) -> int:
         return int(self.tokens.shape[1])
 
+    @cached_property
+    def pad_id(self) -> int | None:
+        """What follows the tokens of a document whose last chunk is not full; of the first such one.
+
+        None where there is none among the first documents.
+        """
+        ragged = np.flatnonzero(self.documents.tokens[:10_000] % self.chunk_size)
+        if not len(ragged):
+            return None
+        return int(self.tokens[self.documents.first_chunk[ragged[0] + 1] - 1, -1])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ChunkStore, (self.folder,)  # a worker maps the files again
 

@@ -26,7 +26,6 @@ from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSe
 
 VOCAB = 60_000  # every token of a fixture is another number
 PAD, EOS = VOCAB, VOCAB - 1
-FILLER = 2  # stored beyond a chunk's tokens: lengths alone say what is real
 CHUNK = 4
 
 
@@ -45,12 +44,17 @@ def write_artifact(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> Pa
 
 
 def write_chunks(
-    folder: Path, lengths: list[int], first_token: int = 0, size: int = CHUNK, dtype: Any = "u2"
+    folder: Path,
+    lengths: list[int],
+    first_token: int = 0,
+    size: int = CHUNK,
+    dtype: Any = "u2",
+    pad: int = PAD,
 ) -> ChunkStore:
     """A chunk store of documents with these numbers of tokens, counted upwards."""
     counts = [-(-n // size) for n in lengths]
     total = sum(counts)
-    tokens = np.full((total, size), FILLER, dtype)
+    tokens = np.full((total, size), pad, dtype)
     chunk_lengths = np.zeros(total, np.uint8)
     row, token = 0, first_token
     for n in lengths:
@@ -315,10 +319,37 @@ def test_missing_neighbors_and_padding_chunks_are_masked(small: RetroDataset) ->
     assert not batch["neighbor_mask"][1, 1].any()
 
 
-def test_a_real_token_equal_to_a_pad_value_stays_real(small: RetroDataset) -> None:
-    small.pad_id = 14  # a token of the last document: masks come from lengths
-    assert small[0]["neighbor_mask"][0, 2].all()
-    assert small[4]["chunk_lengths"].tolist() == [4, 4]
+def test_a_real_token_equal_to_the_pad_id_stays_real(tmp_path: Path) -> None:
+    """Masks come from lengths: here 14 is both, in a document of the tokens 13, 14, 15, 16, 17."""
+    chunks = write_chunks(tmp_path / "c", [5, 5], first_token=8, pad=14)
+    ids = np.array([[2], [2], [-1], [-1]], np.int32)
+    dataset = RetroDataset(
+        [corpus_of(chunks, write_neighbors(tmp_path / "n", ids))],
+        "train",
+        database=database_of(chunks),
+        seq_len=8,
+        pad_id=14,
+        num_neighbors=1,
+    )
+    batch = dataset.__getitems__([0, 1])
+    assert batch["neighbor_tokens"][0, 0, 0].tolist() == [13, 14, 15, 16, 17, 14, 14, 14]
+    assert batch["neighbor_mask"][0, 0, 0].tolist() == [True] * 5 + [False] * 3
+    assert batch["chunk_lengths"].tolist() == [[4, 1], [4, 1]]
+    assert batch["labels"][1].tolist() == [14, 15, 16, 17] + [NO_LABEL] * 4
+
+
+def test_chunks_padded_by_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    chunks, foreign = (write_chunks(tmp_path / n, [9], pad=p) for n, p in (("c", PAD), ("f", 7)))
+    lists = write_neighbors(tmp_path / "n", np.zeros((3, 1), np.int32))
+    with pytest.raises(RetroDataError, match=rf"pad_id={PAD}, but the chunks of f are padded by 7"):
+        RetroDataset(
+            [corpus_of(chunks, lists)],
+            "train",
+            database=database_of(foreign),
+            seq_len=8,
+            pad_id=PAD,
+            num_neighbors=1,
+        )
 
 
 def test_index_minus_one_is_a_row_of_padding(small: RetroDataset) -> None:

@@ -499,6 +499,8 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     for precision in args.precisions:
         if bench.on_gpu:
             candidates.append(bench.fused(precision))
+        if precision == "fp8":  # nobody beside us
+            continue
         candidates.append(bench.transformers(precision))
         if bench.on_gpu:
             candidates.append(bench.sentence_transformers(precision))

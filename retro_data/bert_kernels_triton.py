@@ -6,6 +6,9 @@ that its vector takes. Kernels take the number of the batch's first sequence in 
 
 Rows of `HIDDEN` columns are held in `PARTS` parts of a power of two, so that 768 = 3 x 256 columns
 waste no lane.
+
+What a product of float8 reads is written in e4m3, times a scale: by layer norms beside their result,
+to `narrow`, where NARROW is that scale and not 0.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ def embed_kernel(
     gamma,
     beta,
     out,
+    narrow,
     first,
     PREFIX: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -67,6 +71,7 @@ def embed_kernel(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Layer norm of word and position embeddings of ROWS tokens of one sequence.
 
@@ -94,16 +99,20 @@ def embed_kernel(
     parts = _centered(parts, HIDDEN, PARTS)
     scale = _inverse_deviation(parts, HIDDEN, PARTS, EPS)
     row = (tl.load(entry + 2) + position).to(tl.int64)
-    target = out + row[:, None] * HIDDEN + column
+    place = row[:, None] * HIDDEN + column
     for i in tl.static_range(PARTS):
         weight = tl.load(gamma + i * WIDTH + column)
         value = parts[i] * scale * weight + tl.load(beta + i * WIDTH + column)
-        tl.store(target + i * WIDTH, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + place + i * WIDTH, value.to(out.dtype.element_ty), mask=mask)
+        if NARROW != 0:
+            scaled = (value * NARROW).to(narrow.dtype.element_ty)
+            tl.store(narrow + place + i * WIDTH, scaled, mask=mask)
 
 
 @triton.jit
 def layer_norm_kernel(
     x,
+    narrow,
     gamma,
     beta,
     HIDDEN: tl.constexpr,
@@ -111,6 +120,7 @@ def layer_norm_kernel(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Layer norm of ROWS x STEPS rows, in place. The number of rows is a multiple of that."""
     WIDTH: tl.constexpr = HIDDEN // PARTS
@@ -118,14 +128,16 @@ def layer_norm_kernel(
     weights = _load_parts(gamma + column, column >= 0, WIDTH, PARTS)
     biases = _load_parts(beta + column, column >= 0, WIDTH, PARTS)
     start = tl.program_id(0).to(tl.int64) * (ROWS * STEPS)
-    place = x + (start + tl.arange(0, ROWS))[:, None] * HIDDEN + column
+    place = (start + tl.arange(0, ROWS))[:, None] * HIDDEN + column
     for _ in range(STEPS):
-        parts = _load_parts(place, column >= 0, WIDTH, PARTS)
+        parts = _load_parts(x + place, column >= 0, WIDTH, PARTS)
         parts = _centered(parts, HIDDEN, PARTS)
         scale = _inverse_deviation(parts, HIDDEN, PARTS, EPS)
         for i in tl.static_range(PARTS):
             value = parts[i] * scale * weights[i] + biases[i]
-            tl.store(place + i * WIDTH, value.to(x.dtype.element_ty))
+            tl.store(x + place + i * WIDTH, value.to(x.dtype.element_ty))
+            if NARROW != 0:
+                tl.store(narrow + place + i * WIDTH, (value * NARROW).to(narrow.dtype.element_ty))
         place += ROWS * HIDDEN
 
 
@@ -213,13 +225,14 @@ def attention_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SCALE: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
     """One head of a sequence of at most TILE tokens (with HAS_TAIL TILE + TAIL), from packed q, k, v.
 
     A chunk of 64 tokens between [CLS] and [SEP] is 64 + 2: in tiles of 64 alone half of the second
     row and column of tiles, three quarters of the products, would be padding.
-    SCALE is log2(e) / sqrt(DIM).
+    SCALE is log2(e) / sqrt(DIM), OUT_SCALE that of the values written.
     """
     HIDDEN: tl.constexpr = HEADS * DIM
     entry = table + (first + tl.program_id(0) // HEADS) * COLUMNS
@@ -244,13 +257,13 @@ def attention_kernel(
         k_tail = tl.load(place + HIDDEN, mask=tail_mask[:, None], other=0.0)
         v_tail = tl.load(place + 2 * HIDDEN, mask=tail_mask[:, None], other=0.0)
         values = _weighted_values(q, k, v, mask, k_tail, v_tail, tail_mask, SCALE, True)
-        tl.store(target, values.to(out.dtype.element_ty), mask=mask[:, None])
+        tl.store(target, (values * OUT_SCALE).to(out.dtype.element_ty), mask=mask[:, None])
         values = _weighted_values(q_tail, k, v, mask, k_tail, v_tail, tail_mask, SCALE, True)
         target = out + tail_row[:, None] * HIDDEN + column
-        tl.store(target, values.to(out.dtype.element_ty), mask=tail_mask[:, None])
+        tl.store(target, (values * OUT_SCALE).to(out.dtype.element_ty), mask=tail_mask[:, None])
     else:
         values = _weighted_values(q, k, v, mask, k, v, mask, SCALE, False)
-        tl.store(target, values.to(out.dtype.element_ty), mask=mask[:, None])
+        tl.store(target, (values * OUT_SCALE).to(out.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -263,6 +276,7 @@ def long_attention_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SCALE: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
 ):
     """TILE queries of one head of a sequence of any length (Dao et al. 2022, algorithm 1)."""
     HIDDEN: tl.constexpr = HEADS * DIM
@@ -296,4 +310,5 @@ def long_attention_kernel(
             values = tl.dot(scores.to(v.dtype), v, values * shrink[:, None])
             top = higher
         place = out + row[:, None] * HIDDEN + column
-        tl.store(place, (values / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        values = values / total[:, None] * OUT_SCALE
+        tl.store(place, values.to(out.dtype.element_ty), mask=mask)

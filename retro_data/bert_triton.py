@@ -12,6 +12,10 @@ so that a text has the same bits in any batch.
 The bias of a product that adds to the residual is added by the layer norm before it, and taken out of
 the product that reads the same rows by that product's own bias: no kernel has to load it.
 GELU is its tanh approximation, which library products compute in their epilogue.
+
+With float8, all four products of a layer read e4m3: weights under one scale a matrix, activations under
+fixed ones. A float loses no digits by its scale, only what lies beyond 448 / scale is cut. The residual,
+norms and attention stay in float16.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from retro_data.bert_kernels_triton import (
     long_attention_kernel,
     pool_kernel,
 )
-from retro_data.cublaslt import CublasLt, CublasLtError, Kind
+from retro_data.cublaslt import CublasLt, CublasLtError, Kind, Scales
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,9 @@ NORM_ROWS, NORM_STEPS = 2, 8  # of a layer norm program: every size is a multipl
 ROW_STEP = NORM_ROWS * NORM_STEPS
 SIZE_RATIO = 8  # between sizes
 LEAST_ROWS = 2048  # of a smaller size: below it products no longer fill a GPU
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MOST = 448.0
+NORM_SCALE, ATTENDED_SCALE, INNER_SCALE = 8.0, 16.0, 8.0  # of activations in float8
 WORTH = 0.75  # of a size that must be filled before it is preferred to several smaller ones
 MOST_PARTS = 6
 
@@ -134,7 +141,8 @@ class FusedBert:
 
     Args:
         model: of transformers, in float32 on the CPU, without `obstacle`.
-        dtype: torch.float16 or torch.bfloat16, of weights and activations.
+        dtype: torch.float16 or torch.bfloat16, of weights and activations; torch.float8_e4m3fn: of
+            products, by cuBLASLt alone, and the rest in float16.
         device: a CUDA device ("cpu" only under Triton's interpreter).
         prefix, suffix: ids around a text.
         pooling: "mean" over the text's own tokens, or "cls".
@@ -145,6 +153,9 @@ class FusedBert:
     Attributes:
         row_sizes: numbers of rows of a batch, for `pack`.
         products: "cublaslt", or "torch" where that cannot be had.
+
+    Raises:
+        CublasLtError: float8, and no cuBLASLt that multiplies it.
     """
 
     def __init__(
@@ -161,7 +172,9 @@ class FusedBert:
         rows: int = FULL_ROWS,
     ) -> None:
         config = model.config
-        self.dtype, self.device = dtype, device
+        self.float8 = dtype == FLOAT8
+        self.dtype = torch.float16 if self.float8 else dtype
+        self.device = device
         self.hidden, self.heads = config.hidden_size, config.num_attention_heads
         self.intermediate = config.intermediate_size
         self.prefix, self.extra = len(prefix), len(prefix) + len(suffix)
@@ -170,15 +183,20 @@ class FusedBert:
         self.specials = torch.tensor([*prefix, *suffix] or [0], dtype=torch.int32, device=device)
         parts = self.hidden // min(self.hidden & -self.hidden, 1024)
         self._shape = {"HIDDEN": self.hidden, "PARTS": parts, "EPS": config.layer_norm_eps}
+        self._narrow_shape = {**self._shape, "NARROW": NORM_SCALE if self.float8 else 0}
         rows = -(-max(rows, longest) // ROW_STEP) * ROW_STEP
-        self._x = torch.zeros(rows, self.hidden, dtype=dtype, device=device)
+        self._x = torch.zeros(rows, self.hidden, dtype=self.dtype, device=device)
+        # What products read: x itself, or what layer norms write beside it.
+        self._input = torch.zeros_like(self._x, dtype=FLOAT8) if self.float8 else self._x
         # q, k, v and the attended values are done with when the inner activations begin.
         width = max(4 * self.hidden, self.intermediate)
-        self._scratch = torch.zeros(rows * width, dtype=dtype, device=device)
+        self._scratch = torch.zeros(rows * width, dtype=self.dtype, device=device)
         with torch.inference_mode():
             try:
                 self._open(model, rows, CublasLt(device))
             except CublasLtError as error:
+                if self.float8:
+                    raise
                 log.info("products by torch: %s", error)
                 self._open(model, rows, None)
 
@@ -199,17 +217,18 @@ class FusedBert:
             out: (n, H) float16.
         """
         rows = batch.rows
-        x = self._x[:rows]
+        x, read = self._x[:rows], self._input[:rows]
         qkv = self._scratch[: rows * 3 * self.hidden].view(rows, -1)
-        attended = self._scratch[rows * 3 * self.hidden :][: rows * self.hidden].view(rows, -1)
-        inner = self._scratch[: rows * self.intermediate].view(rows, -1)
+        free = self._scratch[rows * 3 * self.hidden :].view(read.dtype)
+        attended = free[: rows * self.hidden].view(rows, -1)
+        inner = self._scratch.view(read.dtype)[: rows * self.intermediate].view(rows, -1)
         self._embed(ids, table, batch)
         for i, layer in enumerate(self.layers):
-            layer.qkv(x, qkv)
+            layer.qkv(read, qkv)
             self._attend(qkv, table, batch, attended)
             layer.attention_output(attended, x)
             self._layer_norm(x, layer.attention_norm)
-            layer.intermediate(x, inner)
+            layer.intermediate(read, inner)
             layer.output(inner, x)
             if i + 1 < len(self.layers):
                 self._layer_norm(x, layer.output_norm)
@@ -217,9 +236,10 @@ class FusedBert:
 
     def _embed(self, ids: Tensor, table: Tensor, batch: Batch) -> None:
         grid = (batch.sequences, -(-batch.longest // 4))
-        tensors = (ids, table, self.specials, self.words, self.positions, *self.norm, self._x)
+        tensors = (ids, table, self.specials, self.words, self.positions, *self.norm)
         options = {"PREFIX": self.prefix, "EXTRA": self.extra, "ROWS": 4, "num_warps": 2}
-        embed_kernel[grid](*tensors, batch.first, **options, **self._shape)
+        written = (self._x, self._input)
+        embed_kernel[grid](*tensors, *written, batch.first, **options, **self._narrow_shape)
 
     def _attend(self, qkv: Tensor, table: Tensor, batch: Batch, out: Tensor) -> None:
         dim = self.hidden // self.heads
@@ -228,6 +248,7 @@ class FusedBert:
             "HEADS": self.heads,
             "DIM": dim,
             "SCALE": math.log2(math.e) / math.sqrt(dim),
+            "OUT_SCALE": ATTENDED_SCALE if self.float8 else 1,
             "num_warps": 4,
         }
         first = batch.first
@@ -243,7 +264,8 @@ class FusedBert:
 
     def _layer_norm(self, x: Tensor, norm: _Norm) -> None:
         options = {"ROWS": NORM_ROWS, "STEPS": NORM_STEPS, "num_warps": 1}
-        layer_norm_kernel[(len(x) // ROW_STEP,)](x, *norm, **options, **self._shape)
+        grid = (len(x) // ROW_STEP,)
+        layer_norm_kernel[grid](x, self._input, *norm, **options, **self._narrow_shape)
 
     def _pool(self, x: Tensor, table: Tensor, batch: Batch, out: Tensor) -> None:
         options = {"PREFIX": self.prefix, "CLS": self.cls, "NORMALIZE": self.normalize}
@@ -295,6 +317,9 @@ class FusedBert:
 
     def _less(self, bias: Tensor, weight: Tensor, added: Tensor) -> Tensor:
         """The bias without what `added` brings in through the weight, as rounded as it is used."""
+        if self.float8:
+            narrow, scale = _in_float8(weight.detach())
+            return bias.float() - narrow.float() @ added * scale
         return bias.float() - weight.to(self.dtype).float() @ added
 
     def _product_maker(
@@ -303,14 +328,31 @@ class FusedBert:
         kinds: dict[str, Kind] = {}
 
         def make(name: str, weight: Tensor, bias: Tensor | None) -> Product:
+            kind, gelu = kinds.setdefault(name, Kind()), name == "intermediate"
+            if self.float8:
+                assert library is not None
+                return self._float8_product(library, name, weight, bias, kind)
             weight = self._put(weight, self.dtype)
             bias = None if bias is None else self._put(bias, self.dtype)
-            gelu = name == "intermediate"
             if library is None:
                 return TorchProduct(weight, bias, gelu)
-            return library.product(weight, bias, gelu, kinds.setdefault(name, Kind()))
+            return library.product(weight, bias, gelu, kind)
 
         return make
+
+    def _float8_product(
+        self, library: CublasLt, name: str, weight: Tensor, bias: Tensor | None, kind: Kind
+    ) -> Product:
+        inner = name == "intermediate"  # whose result is read by a product again
+        read = {"attention_output": ATTENDED_SCALE, "output": INNER_SCALE}.get(name, NORM_SCALE)
+        narrow, scale = _in_float8(weight.detach())
+        scales = Scales(
+            torch.tensor([scale / read], device=self.device),
+            torch.tensor([INNER_SCALE], device=self.device) if inner else None,
+        )
+        if bias is not None:  # beside a result in float8 it is of bfloat16
+            bias = self._put(bias, torch.bfloat16 if inner else self.dtype)
+        return library.product(self._put(narrow, FLOAT8), bias, inner, kind, scales)
 
     # ---- sizes ----
 
@@ -343,6 +385,12 @@ class FusedBert:
         if len(agree) <= len(smaller):
             log.info("batches of %s rows: smaller ones of %s do not agree", agree, smaller)
         return tuple(agree)
+
+
+def _in_float8(weight: Tensor) -> tuple[Tensor, float]:
+    """A matrix in float8, and the scale that makes it whole again."""
+    scale = float(weight.abs().max()) / FLOAT8_MOST or 1.0
+    return (weight.float() / scale).to(FLOAT8), scale
 
 
 class TorchProduct:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,15 @@ WORKSPACE_BYTES = 64 * 2**20
 MOST_ALGORITHMS = 8
 ROUNDS, REPEATS = 3, 4  # of timing: interleaved, for under a power cap the first looks fastest
 
-DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # CUDA_R_32F, _16F, _16BF
+DATA_TYPES = {
+    torch.float32: 0,  # CUDA_R_32F
+    torch.float16: 2,  # CUDA_R_16F
+    torch.bfloat16: 14,  # CUDA_R_16BF
+    torch.float8_e4m3fn: 28,  # CUDA_R_8F_E4M3
+}
 COMPUTE_32F = 68
 TRANSPOSE_A, EPILOGUE, BIAS_POINTER, BIAS_DATA_TYPE = 3, 7, 8, 26  # of a matmul descriptor
+A_SCALE_POINTER, D_SCALE_POINTER, FAST_ACCUMULATION = 17, 20, 25
 EPILOGUE_DEFAULT, EPILOGUE_BIAS, EPILOGUE_GELU_BIAS = 1, 4, 36
 MAX_WORKSPACE, REDUCTION_SCHEMES = 1, 3  # of a preference
 
@@ -74,8 +80,15 @@ class CublasLt:
         if status:
             raise CublasLtError(f"cublasLt{name}: status {status}")
 
-    def product(self, weight: Tensor, bias: Tensor | None, gelu: bool, kind: Kind) -> Product:
-        return Product(self, weight, bias, gelu, kind)
+    def product(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gelu: bool,
+        kind: Kind,
+        scales: Scales | None = None,
+    ) -> Product:
+        return Product(self, weight, bias, gelu, kind, scales)
 
 
 class Kind:
@@ -85,21 +98,39 @@ class Kind:
         self.algorithm: Any = None
 
 
+class Scales(NamedTuple):
+    """Of a product of float8: device scalars in float32.
+
+    Attributes:
+        product: by which a weight^T is multiplied before the bias is added.
+        out: by which a result in float8 is multiplied; None for one of another type.
+    """
+
+    product: Tensor
+    out: Tensor | None
+
+
 class Product:
     """out = gelu?(a weight^T + bias), or out += a weight^T where there is no bias.
 
     Args:
-        weight: (N, K) float16 or bfloat16, contiguous.
-        bias: (N,) of the same type, or None.
+        weight: (N, K) float16, bfloat16 or, with scales, float8_e4m3fn, contiguous.
+        bias: (N,) float16 or bfloat16, or None.
         gelu: by its tanh approximation, which is what cuBLASLt's epilogue computes.
         kind: whose algorithm is used, or chosen by the first call.
     """
 
     def __init__(
-        self, library: CublasLt, weight: Tensor, bias: Tensor | None, gelu: bool, kind: Kind
+        self,
+        library: CublasLt,
+        weight: Tensor,
+        bias: Tensor | None,
+        gelu: bool,
+        kind: Kind,
+        scales: Scales | None = None,
     ) -> None:
         self.library = library
-        self.weight, self.bias, self.kind = weight, bias, kind
+        self.weight, self.bias, self.kind, self.scales = weight, bias, kind, scales
         self.beta = ctypes.c_float(bias is None)
         self.descriptor = ctypes.c_void_p()
         library.call("MatmulDescCreate", ctypes.byref(self.descriptor), COMPUTE_32F, 0)
@@ -111,10 +142,15 @@ class Product:
             self._describe(BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
             self._describe(BIAS_DATA_TYPE, ctypes.c_int32(DATA_TYPES[bias.dtype]))
         self._describe(EPILOGUE, ctypes.c_int32(epilogue))
+        if scales is not None:
+            self._describe(FAST_ACCUMULATION, ctypes.c_int8(1))
+            self._describe(A_SCALE_POINTER, ctypes.c_void_p(scales.product.data_ptr()))
+            if scales.out is not None:
+                self._describe(D_SCALE_POINTER, ctypes.c_void_p(scales.out.data_ptr()))
         self._layouts: dict[int, tuple[ctypes.c_void_p, ...]] = {}
 
     def __call__(self, a: Tensor, out: Tensor) -> None:
-        """a (M, K), out (M, N), contiguous, of the weight's type."""
+        """a (M, K) of the weight's type, out (M, N), contiguous."""
         if self.kind.algorithm is None:
             self.kind.algorithm = self._fastest(a, out)
         self._run(a, out, self.kind.algorithm)
@@ -127,7 +163,7 @@ class Product:
         )
 
     def _run(self, a: Tensor, out: Tensor, algorithm: Any) -> None:
-        weights, rows, result = self._layouts_for(len(a))
+        weights, rows, added, result = self._layouts_for(a, out)
         pointer = ctypes.c_void_p(out.data_ptr())
         one = ctypes.c_float(1)
         self.library.call(
@@ -135,24 +171,31 @@ class Product:
             *(self.library.handle, self.descriptor, ctypes.byref(one)),
             *(ctypes.c_void_p(self.weight.data_ptr()), weights),
             *(ctypes.c_void_p(a.data_ptr()), rows),
-            *(ctypes.byref(self.beta), pointer, result, pointer, result),
+            *(ctypes.byref(self.beta), pointer, added, pointer, result),
             ctypes.byref(algorithm),
             ctypes.c_void_p(self.library.workspace.data_ptr()),
             ctypes.c_size_t(WORKSPACE_BYTES),
             ctypes.c_void_p(torch.cuda.current_stream(self.library.device).cuda_stream),
         )
 
-    def _layouts_for(self, rows: int) -> tuple[ctypes.c_void_p, ...]:
-        """Layouts of weight, a and out for that many rows of a."""
+    def _layouts_for(self, a: Tensor, out: Tensor) -> tuple[ctypes.c_void_p, ...]:
+        """Layouts of weight, a, what is added (none is of float8) and out."""
+        rows = len(a)
         if rows not in self._layouts:
             n, k = self.weight.shape
+            added = torch.bfloat16 if out.dtype == torch.float8_e4m3fn else out.dtype
             made = []
-            for height, width in ((k, n), (k, rows), (n, rows)):
+            for height, width, dtype in (
+                (k, n, self.weight.dtype),
+                (k, rows, a.dtype),
+                (n, rows, added),
+                (n, rows, out.dtype),
+            ):
                 layout = ctypes.c_void_p()
                 self.library.call(
                     "MatrixLayoutCreate",
                     ctypes.byref(layout),
-                    ctypes.c_int(DATA_TYPES[self.weight.dtype]),
+                    ctypes.c_int(DATA_TYPES[dtype]),
                     *(ctypes.c_uint64(height), ctypes.c_uint64(width), ctypes.c_int64(height)),
                 )
                 made.append(layout)
@@ -161,7 +204,7 @@ class Product:
 
     # ---- choice of the algorithm ----
 
-    def _proposals(self, rows: int) -> list[Any]:
+    def _proposals(self, a: Tensor, out: Tensor) -> list[Any]:
         """Algorithms that do not split the sum, in cuBLASLt's own order."""
         call = self.library.call
         preference = ctypes.c_void_p()
@@ -173,11 +216,10 @@ class Product:
             size = ctypes.c_size_t(ctypes.sizeof(value))
             arguments = (preference, ctypes.c_int(attribute), ctypes.byref(value), size)
             call("MatmulPreferenceSetAttribute", *arguments)
-        weights, a, out = self._layouts_for(rows)
         found, count = (_Proposal * MOST_ALGORITHMS)(), ctypes.c_int()
         call(
             "MatmulAlgoGetHeuristic",
-            *(self.library.handle, self.descriptor, weights, a, out, out, preference),
+            *(self.library.handle, self.descriptor, *self._layouts_for(a, out), preference),
             *(ctypes.c_int(MOST_ALGORITHMS), found, ctypes.byref(count)),
         )
         call("MatmulPreferenceDestroy", preference)
@@ -188,7 +230,7 @@ class Product:
         before = out.clone() if self.bias is None else out  # the bias overwrites
         reference: Tensor | None = None
         equal = []
-        for algorithm in self._proposals(len(a)):
+        for algorithm in self._proposals(a, out):
             if before is not out:
                 out.copy_(before)
             try:

@@ -38,11 +38,21 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 CONFIG_FILES = ("config.json",)
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 262_144
 ENCODE_TEXTS = 8192  # tokenized at once: their ids are Python's integers for a while
 FUSED_CAPABILITY = (8, 0)  # of a GPU: bfloat16 products
+FLOAT8_CAPABILITY = (8, 9)
+NO_FLOAT8 = (
+    "embedder.precision=fp8 wants a GPU of compute capability 8.9 or more, cuBLASLt, Triton and an "
+    "encoder of the BERT family; found: {}. Set embedder.precision=fp16."
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ class EmbedderSettings:
         revision: of a hub name.
         pooling: "mean" over real tokens without specials, or "cls".
         normalize: scale vectors to length 1 (sentence-transformers models want it).
-        precision: "fp32", "bf16" or "fp16" of the encoder's products. A CPU computes fp16 in fp32.
+        precision: "fp32", "bf16", "fp16" or "fp8" of the encoder's products. A CPU computes fp16 in
+            fp32. fp8 wants a GPU that multiplies it, is half as fast again, and loses neighbors: for
+            candidates that something else ranks again.
         max_embed_tokens: encoder tokens of a chunk at most, specials apart; None: what the encoder
             can take. What is cut is counted in the manifest.
         batch_tokens: tokens of one forward pass; 0 chooses by the device. Less takes less memory.
@@ -139,6 +151,8 @@ class Embedder:
         self.device = torch.device(device)
         on_cpu_fp16 = self.device.type == "cpu" and settings.precision == "fp16"
         self.dtype = torch.float32 if on_cpu_fp16 else PRECISIONS[settings.precision]
+        if self.device.type == "cpu" and settings.precision == "fp8":
+            raise RetroDataError(NO_FLOAT8.format("a CPU"))
         tokenizer = load_fast_tokenizer(folder, "embedder.name")
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
@@ -169,18 +183,29 @@ class Embedder:
 
     def _open_fused(self, model: Any) -> FusedBert | None:
         """Our own forward pass, where encoder and device allow it."""
-        if torch.cuda.get_device_capability(self.device) < FUSED_CAPABILITY:
-            log.info("forward pass by transformers: %s is too old", self.device)
-            return None
+        with torch.cuda.device(self.device):
+            found = self._own_forward(model)
+        if not isinstance(found, str):
+            return found
+        if self.dtype == torch.float8_e4m3fn:
+            raise RetroDataError(NO_FLOAT8.format(found))
+        log.info("forward pass by transformers: %s", found)
+        return None
+
+    def _own_forward(self, model: Any) -> FusedBert | str:
+        """Our own forward pass, or what is in its way."""
+        capability = torch.cuda.get_device_capability(self.device)
+        float8 = self.dtype == torch.float8_e4m3fn
+        if capability < (FLOAT8_CAPABILITY if float8 else FUSED_CAPABILITY):
+            name = torch.cuda.get_device_name(self.device)
+            return f"{name} is of compute capability {capability[0]}.{capability[1]}"
         try:
             from retro_data import bert_triton
         except ImportError as error:
-            log.info("forward pass by transformers: %s", error)
-            return None
+            return str(error)
         if obstacle := bert_triton.obstacle(model):
-            log.info("forward pass by transformers: %s", obstacle)
-            return None
-        with torch.cuda.device(self.device):
+            return obstacle
+        try:
             return bert_triton.FusedBert(
                 model,
                 self.dtype,
@@ -192,6 +217,8 @@ class Embedder:
                 longest=self.limit + len(self.prefix) + len(self.suffix),
                 rows=self.settings.batch_tokens or bert_triton.FULL_ROWS,
             )
+        except bert_triton.CublasLtError as error:
+            return str(error)
 
     # ---- texts and chunks to encoder tokens ----
 

@@ -336,11 +336,16 @@ def test_a_refused_vector_leaves_the_stage_unfinished(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"pooling": "max"}, {"precision": "fp8"}, {"max_embed_tokens": -1}]
+    "wrong", [{"pooling": "max"}, {"precision": "int4"}, {"max_embed_tokens": -1}]
 )
 def test_settings_that_cannot_be_are_refused(tiny_encoder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(RetroDataError, match=f"{next(iter(wrong))}="):
         embedder(tiny_encoder, **wrong)
+
+
+def test_a_cpu_refuses_float8(tiny_encoder: Path) -> None:
+    with pytest.raises(RetroDataError, match=r"found: a CPU\. Set embedder\.precision=fp16"):
+        embedder(tiny_encoder, precision="fp8")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:

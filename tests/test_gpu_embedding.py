@@ -13,7 +13,13 @@ import torch
 from prepared import Made
 from test_embedder import MINILM, TEXTS, broken_encoder, needs_minilm, reference, vectors_of
 
-from retro_data.embedder import Embedder, EmbedderSettings, Ragged, embedder_folder
+from retro_data.embedder import (
+    FLOAT8_CAPABILITY,
+    Embedder,
+    EmbedderSettings,
+    Ragged,
+    embedder_folder,
+)
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import InlineEngine, LocalEngine
 from retro_data.errors import RetroDataError
@@ -24,6 +30,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+needs_float8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY,
+    reason="a GPU that multiplies no float8",
+)
 Array = np.ndarray[Any, Any]
 Small = Callable[..., dict[str, Any]]
 
@@ -72,7 +82,10 @@ def cosines(a: Array, b: Array) -> Array:
     return np.asarray((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
-@pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.9995)])
+@pytest.mark.parametrize(
+    ("precision", "least"),
+    [("fp16", 0.9999), ("bf16", 0.9995), pytest.param("fp8", 0.99, marks=needs_float8)],
+)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_equals_transformers_in_fp32(
     base: Path, precision: str, least: float, pooling: str
@@ -91,7 +104,10 @@ def test_equals_transformers_in_fp32(
 
 
 @needs_minilm
-@pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.999)])
+@pytest.mark.parametrize(
+    ("precision", "least"),
+    [("fp16", 0.9999), ("bf16", 0.999), pytest.param("fp8", 0.98, marks=needs_float8)],
+)
 def test_real_weights_on_real_text(precision: str, least: float) -> None:
     folder = embedder_folder(EmbedderSettings(name=MINILM))
     contents = [
@@ -105,7 +121,7 @@ def test_real_weights_on_real_text(precision: str, least: float) -> None:
     assert cosines(found, expected).min() >= least
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", pytest.param("fp8", marks=needs_float8)])
 def test_a_text_has_the_same_bits_in_any_batch(base: Path, precision: str) -> None:
     ours = on_gpu(base, precision=precision)
     ragged = random_texts(9000, 150)
@@ -139,6 +155,20 @@ def test_products_by_torch_are_beneath_where_cublaslt_is_not(
     real = ragged.sizes > 0
     found, expected = plain.embed(ragged)[0][real], ours.embed(ragged)[0][real]
     assert cosines(found, expected).min() > 0.99999
+
+
+def test_float8_is_refused_where_nothing_multiplies_it(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retro_data import bert_triton
+    from retro_data.cublaslt import CublasLtError
+
+    def missing(device: torch.device) -> None:
+        raise CublasLtError("none here")
+
+    monkeypatch.setattr(bert_triton, "CublasLt", missing)
+    with pytest.raises(RetroDataError, match=r"none here\. Set embedder\.precision=fp16"):
+        on_gpu(base, precision="fp8")
 
 
 def test_another_architecture_runs_by_transformers(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -319,7 +319,7 @@ class GpuBench:
         ours = Search(Vectors([self.vectors]), metric="l2", device=str(self.device))
         torch.cuda.synchronize()
         print(f"made ready in {time.perf_counter() - start:.2f} s", flush=True)
-        assert ours.gpu is not None
+        assert ours.gpus
         for k in self.args.k:
             self.show(self.all_pairs(ours, k))
             self.show(self.rows_only(ours, k))
@@ -350,11 +350,11 @@ class GpuBench:
         """Where the time of a search goes, by the device's clock; also compiles the kernels."""
         search()
         timings: list[tuple[str, Any]] = []
-        ours.gpu.timings = timings
-        ours.gpu.mark("start")
+        ours.gpus[0].timings = timings
+        ours.gpus[0].mark("start")
         search()
         torch.cuda.synchronize()
-        ours.gpu.timings = None
+        ours.gpus[0].timings = None
         spent: dict[str, float] = {}
         for (_, before), (part, after) in pairwise(timings):
             spent[part] = spent.get(part, 0) + before.elapsed_time(after)

@@ -165,13 +165,15 @@ class Product:
     def _run(self, a: Tensor, out: Tensor, algorithm: Any) -> None:
         weights, rows, added, result = self._layouts_for(a, out)
         pointer = ctypes.c_void_p(out.data_ptr())
+        # What is added lies where the result will; nothing is added to one in float8.
+        source = None if out.dtype == torch.float8_e4m3fn else pointer
         one = ctypes.c_float(1)
         self.library.call(
             "Matmul",
             *(self.library.handle, self.descriptor, ctypes.byref(one)),
             *(ctypes.c_void_p(self.weight.data_ptr()), weights),
             *(ctypes.c_void_p(a.data_ptr()), rows),
-            *(ctypes.byref(self.beta), pointer, added, pointer, result),
+            *(ctypes.byref(self.beta), source, added, pointer, result),
             ctypes.byref(algorithm),
             ctypes.c_void_p(self.library.workspace.data_ptr()),
             ctypes.c_size_t(WORKSPACE_BYTES),

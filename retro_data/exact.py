@@ -32,12 +32,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from retro_data.errors import RetroDataError
+
+if TYPE_CHECKING:
+    from retro_data.exact_triton import GpuSearch
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
 _SUM_WIDTH = 256  # columns whose terms are summed side by side
 _TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
+_LEAST_QUERIES = 1024  # that a further GPU is given
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
 
@@ -156,7 +160,11 @@ class Search:
     """A database made ready for any number of searches on one device; arguments as in `nearest`.
 
     On a CUDA device with Triton the admitted rows stay in its memory, or are streamed to it where
-    they do not fit (`exact_triton`). Anything else is searched on the CPU, with the same results.
+    they do not fit (`exact_triton`); "cuda", without a number, stands for all that are visible, each
+    with all rows. Anything else is searched on the CPU, with the same results.
+
+    Attributes:
+        gpus: the search of each device; none on a CPU.
     """
 
     def __init__(
@@ -170,16 +178,20 @@ class Search:
     ) -> None:
         self.database, self.metric, self.admitted = database, metric, admitted
         self.memory_bytes = memory_bytes
-        self.gpu: Any = None
+        self.gpus: list[GpuSearch] = []
         kind = torch.device(device).type
         if kind not in ("cpu", "cuda"):
             raise RetroDataError(f"exact search runs on 'cpu' or 'cuda', asked for {device!r}")
-        if kind == "cuda" and _has_kernels(device, database):
+        devices = _devices(device) if kind == "cuda" else []
+        if devices and all(_has_kernels(each, database) for each in devices):
             from retro_data.exact_triton import GpuSearch
 
             no_queries = np.empty((0, database.shape[1]), np.float16)
             _check(Vectors([no_queries]), database, 1, metric, None, admitted)
-            self.gpu = GpuSearch(database, metric, _as_mask(admitted, database.shape[0]), device)
+            mask = _as_mask(admitted, database.shape[0])
+            with ThreadPoolExecutor(len(devices)) as pool:
+                made = pool.map(lambda each: GpuSearch(database, metric, mask, each), devices)
+                self.gpus = list(made)
 
     def __call__(
         self, queries: np.ndarray | Vectors, k: int, excluded: np.ndarray | None
@@ -187,15 +199,14 @@ class Search:
         if not isinstance(queries, Vectors):
             queries = Vectors([queries])
         excluded = _check(queries, self.database, k, self.metric, excluded, self.admitted)
-        if self.gpu is not None and queries.dtype == np.float16:
-            found: Neighbors = self.gpu.search(queries.rows(0, queries.shape[0]), k, excluded)
-            return found
+        if self.gpus and queries.dtype == np.float16:
+            return self._on_gpus(queries.rows(0, queries.shape[0]), k, excluded)
         return self._on_cpu(queries, k, excluded)
 
     @property
     def on_gpu_whole(self) -> bool:
-        """Whether a GPU holds the whole database, so that `of_itself` halves the products."""
-        return self.gpu is not None and bool(self.gpu.is_resident)
+        """Whether each GPU holds the whole database, so that `of_itself` halves the products."""
+        return bool(self.gpus) and all(gpu.is_resident for gpu in self.gpus)
 
     def of_itself(
         self,
@@ -212,6 +223,20 @@ class Search:
         Raises RetroDataError for ranges that are not those of documents.
         """
         return SelfSearch(self, k, excluded, start, stop)
+
+    def _on_gpus(self, queries: np.ndarray, k: int, excluded: np.ndarray) -> Neighbors:
+        """A part of the queries on each device; of a few, all on the first."""
+        count = min(len(self.gpus), len(queries) // _LEAST_QUERIES)
+        if count < 2:
+            return self.gpus[0].search(queries, k, excluded)
+        edges = np.linspace(0, len(queries), count + 1, dtype=int).tolist()
+
+        def search(gpu: GpuSearch, low: int, high: int) -> Neighbors:
+            return gpu.search(queries[low:high], k, excluded[low:high])
+
+        with ThreadPoolExecutor(count) as pool:
+            parts = list(pool.map(search, self.gpus, edges, edges[1:]))
+        return Neighbors(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def _on_cpu(self, queries: Vectors, k: int, excluded: np.ndarray) -> Neighbors:
         ids = np.empty((queries.shape[0], k), np.int64)
@@ -258,7 +283,7 @@ class SelfSearch:
         if search.on_gpu_whole and start < stop:
             from retro_data.exact_triton import AllPairs
 
-            self.pairs = AllPairs(search.gpu, k, excluded, start, stop)
+            self.pairs = AllPairs(search.gpus, k, excluded, start, stop)
 
     def rows(self, start: int, stop: int) -> Neighbors:
         """Neighbors of database rows [start, stop)."""
@@ -267,6 +292,13 @@ class SelfSearch:
             return found
         queries = self.search.database.rows(start, stop)
         return self.search(queries, self.k, self.excluded[start:stop])
+
+
+def _devices(device: str) -> list[str]:
+    """The devices that a name stands for."""
+    if torch.device(device).index is not None:
+        return [device]
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def _has_kernels(device: str, database: Vectors) -> bool:

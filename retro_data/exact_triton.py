@@ -25,8 +25,10 @@ order of `exact.fixed_sum`, then rounded to float32. So no bit differs from the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,6 +159,14 @@ class _Lists:
         )
         return part
 
+    def take_in(self, values: Tensor, groups: Tensor) -> None:
+        """The best of these lists and of others of the same rows, in other groups."""
+        n = self.listed
+        of_both = torch.cat([self.groups[:, :n], groups[:, :n]], 1)
+        best = torch.cat([self.values[:, :n], values[:, :n]], 1).topk(n, 1, sorted=False)
+        self.values[:, :n] = best.values
+        self.groups[:, :n] = of_both.gather(1, best.indices)
+
     def clear(self, floors: Tensor | None = None) -> None:
         """Empty lists, into which only what beats a row's floor will come."""
         self.values[:, self.listed :] = torch.inf
@@ -273,7 +283,12 @@ class GpuSearch:
         self.device_ids = None
         if self.ids is not None:
             self.device_ids = torch.from_numpy(self.ids).to(self.device)
-        self.resident = self._load_resident() if self.is_resident else None
+        with self.current():
+            self.resident = self._load_resident() if self.is_resident else None
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Kernels run, and streams are taken, on this search's device."""
+        return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
     def _free_bytes(self) -> int:
         if not self.on_gpu:
@@ -365,6 +380,12 @@ class GpuSearch:
         self, queries: np.ndarray[Any, Any] | Tensor, k: int, excluded: np.ndarray[Any, Any]
     ) -> Neighbors:
         """As `exact.nearest`; queries (Q, d) float16, excluded (Q, 2) database rows [lo, hi)."""
+        with self.current():
+            return self._search(queries, k, excluded)
+
+    def _search(
+        self, queries: np.ndarray[Any, Any] | Tensor, k: int, excluded: np.ndarray[Any, Any]
+    ) -> Neighbors:
         count = len(queries)
         own = self.own_ranges(excluded)
         height = _up(count, ALIGN)
@@ -668,6 +689,10 @@ class _Streams:
             for tensor in made:
                 tensor.record_stream(self.search)
 
+    def end(self) -> Any:
+        """When the search has done all that it was set to do by now."""
+        return self.search.record_event() if self.search is not None else True
+
     def copy_waits_for_search_before(self) -> None:
         """The next copy waits for the search but one: of the buffer that it will fill."""
         if self.search is not None:
@@ -694,16 +719,69 @@ class _OnItsWay(NamedTuple):
 # ---- the database's own rows ---------------------------------------------------------------------
 
 
+class _Side:
+    """One device's part of all pairs: the rows, the lists that it keeps of them, and its buffers."""
+
+    def __init__(
+        self, search: GpuSearch, k: int, excluded: np.ndarray[Any, Any], panel: int
+    ) -> None:
+        assert search.resident is not None
+        self.search, self.tile = search, search.resident
+        self.rows = self.tile.columns
+        height = self.rows.height
+        with search.current():
+            own = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
+            self.own = _Own.of(own, 0, height, height)
+            self.lists = _Lists(height, k, search.device)
+            self.lists.clear()
+            self.work = _Buffers(panel, height, search.device, by_columns=True)
+            self.streams = _Streams(search.device)
+        self.ends: list[tuple[int, Any]] = []  # first row of its panels, and when they have ended
+
+    def end_before(self, row: int) -> Any:
+        """When its panels before a row have ended; None where there are none."""
+        return next((end for first, end in reversed(self.ends) if first < row), None)
+
+    def lists_for(self, other: _Side, end: Any, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Values and groups of rows [first, last) as of `end`, on the device of the other side."""
+        lists = self.lists.part(first, last)
+        if self.streams.search is None or other.streams.search is None:
+            return lists.values, lists.groups
+        # Not in the streams of the searches: neither device waits for what the other has to do next.
+        with self.streams.copying(), other.streams.copying():
+            self.streams.copies.wait_event(end)
+            copied = [
+                part.to(other.search.device, non_blocking=True)
+                for part in (lists.values, lists.groups)
+            ]
+        other.streams.search_waits(*copied)
+        return copied[0], copied[1]
+
+
+@dataclass
+class _Panel:
+    """Rows [first, last) on their way."""
+
+    first: int
+    last: int
+    side: _Side
+    results: _OnItsWay | None = None
+
+
 class AllPairs:
     """The nearest rows of each row of a resident database, at half the products.
 
     Rows are asked for in ascending order, in any pieces; what was asked for is worked on in panels.
     A panel meets the columns that no panel before it was: those later than its first row, for both
-    sides at once, and earlier ones that were left out, for itself alone. One panel is ahead of what
+    sides at once, and earlier ones that were left out, for itself alone. Panels are ahead of what
     was asked for, so that the device does not wait while results are used.
 
+    Several devices take panels by turns. Each keeps lists of its own for the rows that its panels
+    meet; when a panel is ranked, the lists that the others have of its rows are taken in. That is a
+    round later, so that no device waits for another.
+
     Args:
-        search: of a database that is resident.
+        searches: of one database that is resident, one of each device.
         k: neighbors of each row.
         excluded: (N, 2) int64, the database rows [lo, hi) of each row's own document; the rows of a
             document have the same.
@@ -712,29 +790,26 @@ class AllPairs:
 
     def __init__(
         self,
-        search: GpuSearch,
+        searches: Sequence[GpuSearch],
         k: int,
         excluded: np.ndarray[Any, Any],
         start: int,
         stop: int,
     ) -> None:
-        assert search.resident is not None
+        search = searches[0]
         self.search, self.k, self.excluded = search, k, excluded
-        self.tile = search.resident
-        self.rows = self.tile.columns
-        own = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
-        self.own = _Own.of(own, 0, self.rows.height, self.rows.height)
         first, last = self._numbers(start), self._numbers(stop)
         self.position = first // ALIGN * ALIGN  # the first row that no panel has come to
         self.stop = _up(last, ALIGN)
         self.met: list[tuple[int, int]] = []  # rows that panels have been, in order
-        self.lists = _Lists(self.rows.height, k, search.device)
-        self.lists.clear()
-        fitting = search.free_for_maxima() // max(1, self.rows.height)
+        height = _up(search.num_rows, ALIGN)
+        fitting = min(s.free_for_maxima() for s in searches) // max(1, height)
         panel = min(search.panel_rows, fitting // ALIGN * ALIGN, self.stop - self.position)
         self.panel = max(panel, ALIGN)
-        self.work = _Buffers(self.panel, self.rows.height, search.device, by_columns=True)
-        self.ahead: tuple[int, int, _OnItsWay] | None = None
+        self.sides = [_Side(each, k, excluded, self.panel) for each in searches]
+        self.lag = len(searches) if len(searches) > 1 else 0  # panels, from products to ranking
+        self.ahead = len(searches) + self.lag
+        self.flying: deque[_Panel] = deque()
         self.held: tuple[int, int, Neighbors] | None = None
 
     def _numbers(self, row: int) -> int:
@@ -780,45 +855,77 @@ class AllPairs:
         """The panel that a row is in, with its results; None for one that is gone."""
         if self.held is not None and self.held[0] <= row < self.held[1]:
             return self.held
-        if self.ahead is None or not self.ahead[0] <= row < self.ahead[1]:
-            if row < self.position:
-                return None
-            self.ahead = self._start_panel(row // ALIGN * ALIGN)
-        begin, end, results = self.ahead
-        self.ahead = self._start_panel(self.position) if self.position < self.stop else None
-        found, crowded = results.arrived()
+        while self.flying and self.flying[0].last <= row:
+            self.flying.popleft()
+        if row < (self.flying[0].first if self.flying else self.position):
+            return None
+        if not self.flying:
+            self.position = row // ALIGN * ALIGN
+        while not self.flying or self.flying[0].results is None or len(self.flying) <= self.ahead:
+            if not self._advance():
+                break
+        panel = self.flying.popleft()
+        assert panel.results is not None
+        found, crowded = panel.results.arrived()
         if crowded.any():
             rows = np.flatnonzero(crowded)
-            found.ids[rows], found.distances[rows] = self._searched(begin + rows)
-        self.held = begin, end, found
+            found.ids[rows], found.distances[rows] = self._searched(panel.first + rows)
+        self.held = panel.first, panel.last, found
         return self.held
 
     def _searched(self, numbers: np.ndarray[Any, Any]) -> Neighbors:
         """Neighbors of rows that may be found, by a search of the whole database."""
         rows = numbers if self.search.ids is None else self.search.ids[numbers]
         on_device = torch.from_numpy(numbers).to(self.search.device)
-        return self.search.search(self.rows.rows[on_device], self.k, self.excluded[rows])
+        queries = self.sides[0].rows.rows[on_device]
+        return self.search.search(queries, self.k, self.excluded[rows])
 
-    def _start_panel(self, first: int) -> tuple[int, int, _OnItsWay]:
-        """Sets the device to work on the panel that begins at row `first`, and does not wait."""
+    def _advance(self) -> bool:
+        """Start one more panel, and rank one whose turn it is. False where nothing is left to do."""
+        is_more = self.position < self.stop
+        if is_more:
+            self.flying.append(self._start_panel(self.position))
+        unranked = [panel for panel in self.flying if panel.results is None]
+        if unranked and (len(unranked) > self.lag or not is_more):
+            self._rank(unranked[0])
+        return is_more or bool(unranked)
+
+    def _start_panel(self, first: int) -> _Panel:
+        """Sets a device to the products of the panel that begins at row `first`; does not wait."""
         last = min(first + self.panel, self.stop)
-        search, work, columns = self.search, self.work, self.rows
+        side = self.sides[len(self.met) % len(self.sides)]
+        search, work, columns = side.search, side.work, side.rows
         panel = columns.part(first, last)
-        own = _Own(self.own.low[first:last], self.own.high[first:last])
-        lists = self.lists.part(first, last)
-        for low, high in self._left_out(first):
-            search.one_sided(panel, own, columns, low, high, lists, work)
-        if last == columns.height or last == self.stop:
-            search.one_sided(panel, own, columns, first, columns.height, lists, work)
-        else:
-            search.two_sided(panel, own, columns, first, self.stop, lists, self.lists, work)
-            if self.stop < columns.height:
-                search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
-        best = _Best(last - first, self.k, search.device)
-        search.rank(panel, own, self.tile, lists, best, work)
+        own = _Own(side.own.low[first:last], side.own.high[first:last])
+        lists = side.lists.part(first, last)
+        with search.current():
+            for low, high in self._left_out(first):
+                search.one_sided(panel, own, columns, low, high, lists, work)
+            if last == columns.height or last == self.stop:
+                search.one_sided(panel, own, columns, first, columns.height, lists, work)
+            else:
+                search.two_sided(panel, own, columns, first, self.stop, lists, side.lists, work)
+                if self.stop < columns.height:
+                    search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
+            side.ends.append((first, side.streams.end()))
         self.met.append((first, last))
         self.position = last
-        return first, last, search.on_its_way(best, panel.count)
+        return _Panel(first, last, side)
+
+    def _rank(self, panel: _Panel) -> None:
+        """Sets the panel's device to rank its rows, once every panel before it has ended."""
+        first, last, side = panel.first, panel.last, panel.side
+        search, lists = side.search, side.lists.part(first, last)
+        with search.current():
+            for other in self.sides:
+                end = other.end_before(first)
+                if other is not side and end is not None:
+                    lists.take_in(*other.lists_for(side, end, first, last))
+            best = _Best(last - first, self.k, search.device)
+            own = _Own(side.own.low[first:last], side.own.high[first:last])
+            rows = side.rows.part(first, last)
+            search.rank(rows, own, side.tile, lists, best, side.work)
+            panel.results = search.on_its_way(best, rows.count)
 
     def _left_out(self, row: int) -> list[tuple[int, int]]:
         """Ranges of columns before a row that were no panel."""

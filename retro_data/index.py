@@ -119,7 +119,7 @@ class IndexStage:
     """
 
     name = "index"
-    version = 1
+    version = 2
     unit = "chunks"
     tolerance = 0.0
 
@@ -292,7 +292,7 @@ class _Builder:
             if hasattr(inverted, "do_polysemous_training"):
                 inverted.do_polysemous_training = False  # minutes, for a filter that is not used
             # Left to faiss, the graph of centroids would be linked outside `_same_graph`.
-            if inverted.quantizer_trains_alone in (0, 2):
+            if _quantizer_trains_alone(inverted) in (0, 2):
                 self._train_centroids(inverted, self._transform(sample, train=True))
         self.index.train(sample)
 
@@ -372,6 +372,12 @@ def _inverted(index: Index) -> Index:
     faiss = import_faiss()
     inverted = faiss.try_extract_index_ivf(index)
     return None if inverted is None else faiss.downcast_index(inverted)
+
+
+def _quantizer_trains_alone(inverted: Index) -> int:
+    """faiss's code for who trains the centroids; a C char, which some bindings give as text."""
+    code = inverted.quantizer_trains_alone
+    return ord(code) if isinstance(code, str) else int(code)
 
 
 def _training_rows(index: Index) -> tuple[int, int]:

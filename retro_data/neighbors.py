@@ -122,7 +122,7 @@ class NeighborStage:
         self.search = search
         self.index = index
         exact = search == "exact"
-        self.resources = Resources(gpu=exact, threads=0, in_runs=exact)
+        self.resources = Resources(gpu=exact, threads=0, in_runs=exact, together=exact)
 
     def key_fields(self) -> dict[str, Any]:
         return {

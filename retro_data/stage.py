@@ -49,6 +49,7 @@ class Resources:
         blocks_at_once: blocks that a GPU worker makes at the same time, each in a thread of its own
             (`make` must allow that), so that the device works on one while another is read or written.
         in_runs: a worker gains by blocks that follow each other: each worker gets a run of them.
+        together: one worker takes all devices of a machine, and is told "cuda".
     """
 
     gpu: bool = False
@@ -56,6 +57,7 @@ class Resources:
     light: bool = False
     blocks_at_once: int = 1
     in_runs: bool = False
+    together: bool = False
 
     def threads_of_worker(self, device: str) -> int:
         """Threads of a worker on this device that make blocks: it is given as many at once."""

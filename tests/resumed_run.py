@@ -4,6 +4,7 @@
 
 Each rank writes a line for each batch: the first chunk of each of its sequences. A checkpoint is
 written every second step. `kill_at`: in the step of this number the whole process group is killed.
+`accelerator` is "cpu" unless given.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(given: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     saver = ModelCheckpoint(folder, "last", every_n_train_steps=2, enable_version_counter=False)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=given.get("accelerator", "cpu"),
         devices=given["devices"],
         strategy="ddp" if given["devices"] > 1 else "auto",
         max_epochs=2,

@@ -52,7 +52,7 @@ for size in (1, 3):
     search = GpuSearch(Vectors([x]), "l2", None, "cpu")
     expected = nearest(x, Vectors([x]), 20, metric="l2", excluded=documents(3, size))
     same(search.search(x, 20, documents(3, size)), expected)
-    same(AllPairs(search, 20, documents(3, size), 0, 3).neighbors(0, 3), expected)
+    same(AllPairs([search], 20, documents(3, size), 0, 3).neighbors(0, 3), expected)
 """,
     "more equal rows than any list holds": """
 x = gaussian(150, 20)
@@ -83,7 +83,22 @@ admitted[[5, 260, 261]] = False
 expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own, admitted=admitted)
 search = GpuSearch(Vectors([x]), "l2", admitted, "cpu", panel_rows=256)
 for asked in ([(0, 100), (100, 600)], [(300, 510), (590, 600), (0, 20)]):
-    pairs = AllPairs(search, 3, own, 0, rows)
+    pairs = AllPairs([search], 3, own, 0, rows)
+    for low, high in asked:
+        found = pairs.neighbors(low, high)
+        same(found, type(found)(expected.ids[low:high], expected.distances[low:high]))
+""",
+    "panels that devices take by turns": """
+rows = 770
+x = gaussian(rows, 12)
+x[530:540] = x[10:20]  # twins in another device's panel
+real = np.r_[0:20, 250:262, 530:540, 600:612, 765:770]
+x[np.setdiff1d(np.arange(rows), real)] = 0
+own = documents(rows, 5)
+expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own)
+for count, asked in ((2, [(0, 605), (605, rows)]), (3, [(520, 620), (760, rows), (0, 20)])):
+    searches = [GpuSearch(Vectors([x]), "l2", None, "cpu", panel_rows=256) for _ in range(count)]
+    pairs = AllPairs(searches, 3, own, 0, rows)
     for low, high in asked:
         found = pairs.neighbors(low, high)
         same(found, type(found)(expected.ids[low:high], expected.distances[low:high]))
@@ -92,7 +107,7 @@ for asked in ([(0, 100), (100, 600)], [(300, 510), (590, 600), (0, 20)]):
 x, own = gaussian(560, 12), documents(560, 4)
 x[np.setdiff1d(np.arange(560), np.r_[0:20, 250:275, 300:310, 520:545])] = 0
 expected = nearest(x, Vectors([x]), 3, metric="ip", excluded=own)
-pairs = AllPairs(GpuSearch(Vectors([x]), "ip", None, "cpu", panel_rows=256), 3, own, 251, 310)
+pairs = AllPairs([GpuSearch(Vectors([x]), "ip", None, "cpu", panel_rows=256)], 3, own, 251, 310)
 found = pairs.neighbors(251, 310)
 same(found, type(found)(expected.ids[251:310], expected.distances[251:310]))
 """,

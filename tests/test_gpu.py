@@ -145,8 +145,14 @@ def test_exact_search_has_the_results_of_the_cpu(
     expected = nearest(x, database, k, metric=metric, excluded=own, admitted=admitted)
     some = slice(100, 1500)
     assert_same(search.search(x[some], k, own[some]), Neighbors(*(e[some] for e in expected)))
-    if search.is_resident:
-        pairs = AllPairs(search, k, own, 0, rows)
+    if not search.is_resident:
+        return
+    others = [
+        GpuSearch(database, metric, admitted, f"cuda:{i}", **options)
+        for i in range(1, torch.cuda.device_count())
+    ]
+    for searches in ([search], [search, search], [search, *others]):  # by turns, if only on one
+        pairs = AllPairs(searches, k, own, 0, rows)
         for low, high in ((0, rows // 4), (rows // 4, rows // 3), (rows // 2, rows), (0, 9)):
             high = min(high, rows)
             found = pairs.neighbors(low, high)

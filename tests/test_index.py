@@ -350,6 +350,25 @@ def test_a_tiny_or_empty_database(tmp_path: Path, rows: int, planner: str) -> No
         assert (index.search(clustered(rows), 3)[1] == -1).all()
 
 
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "PCA8,IVF16,SQfp16", "IVF16_HNSW8,Flat"])
+def test_centroids_are_trained_where_a_gpu_would_be(
+    place: DatabasePlace, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    """Not by faiss on its own, which knows no GPU, no seed of ours and no single-threaded graph."""
+    trained = []
+    whole = _Builder._train_centroids
+
+    def train(self: _Builder, inverted: Any, sample: Array) -> None:
+        whole(self, inverted, sample)
+        trained.append(inverted.quantizer.ntotal)
+
+    monkeypatch.setattr(_Builder, "_train_centroids", train)
+    builder = _Builder(IndexSettings(factory=factory), "l2", place.open(), "cpu")
+    added = builder.build()
+    assert trained == [16]
+    assert builder.index.ntotal == added.sum() > 0
+
+
 def test_lists_found_by_a_separate_index_of_centroids_are_the_same(place: DatabasePlace) -> None:
     """On a GPU the centroids lie there, and rows are added to lists that it found."""
     made = []

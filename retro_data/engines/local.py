@@ -1,7 +1,7 @@
-"""Blocks made by children of this process: one a GPU, or one or more CPU workers.
+"""Blocks made by children of this process: one a GPU (or one for all), or one or more CPU workers.
 
 A child is started anew by `python -m retro_data.engines.worker`, never forked (CUDA does not survive
-a fork), with one visible device and without the variables by which torch.distributed, torchrun or
+a fork), sees the devices that it works on, and no variables by which torch.distributed, torchrun or
 Slurm would take it for a rank. Parent and child speak over a socket pair: the stage once, then a
 block for every receipt, of as many at once as the stage wants. The first failure, or a child that
 dies, ends the run with its cause.
@@ -96,6 +96,8 @@ class LocalEngine:
     def places(self, stage: Stage, blocks: int) -> list[tuple[str, dict[str, str]]]:
         """(device, environment) of each worker that `run` starts for so many blocks."""
         devices = visible_devices(self.settings.devices) if stage.resources.gpu else []
+        if devices and stage.resources.together:
+            return [("cuda", {"CUDA_VISIBLE_DEVICES": ",".join(devices)})]
         if devices:
             return [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]
         cores = available_cores()

@@ -334,7 +334,7 @@ class Bench:
         place = random_chunks(self.scratch, self.tokenizer, blocks * block, self.args.chunk_size)
         settings = self.settings(precision, block_rows=block)
         stage = EmbeddingStage(settings, "random", place, self.tokenizer)
-        engine = TimedEngine(EngineSettings(None if self.on_gpu else ()))
+        engine = TimedEngine(EngineSettings((self.device.index or 0,) if self.on_gpu else ()))
         folder = self.scratch / f"vectors-{precision}"
         with DeviceMemory(self.device) as memory:
             began = time.perf_counter()

@@ -99,7 +99,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         path: the final name. Its folder must exist.
         replace: overwrite an existing file; by default the first file of a name stays.
     """
-    temporary = path.with_name(f"{TEMPORARY}{_process()}-{uuid.uuid4().hex}")
+    temporary = path.with_name(temporary_name())
     try:
         with open(temporary, "xb") as handle:
             yield handle
@@ -112,6 +112,22 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name() -> str:
+    """A new name for what is not finished, with the process that makes it in it."""
+    return f"{writer()}{uuid.uuid4().hex}"
+
+
+def writer() -> str:
+    """How the names of all temporary files of this process begin, on any host."""
+    return f"{TEMPORARY}{_process()}-"
+
+
+def remove_temporaries_of(folder: Path, gone: str) -> None:
+    """Remove what a process that is gone, a `writer`, had begun to write in an artifact."""
+    for path in folder.rglob(f"{gone}*"):
+        path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -388,7 +404,7 @@ class Lease:
         It is moved aside before the look: whoever was frozen between look and removal would take
         away, on waking, what another had made meanwhile.
         """
-        aside = path.with_name(f"{TEMPORARY}{_process()}-{uuid.uuid4().hex}")
+        aside = path.with_name(temporary_name())
         try:
             os.rename(path, aside)
         except FileNotFoundError:

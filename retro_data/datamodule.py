@@ -82,7 +82,8 @@ class RetroDataModule(_LightningDataModule):
         root: folder of all artifacts, on storage that all nodes share.
         corpus: one corpus (`name`, `path`, ...) or a list of them; `retro_data.corpus`.
         tokenizer, chunks, splits, embedder, database, index, neighbors, engine: settings of each
-            stage, as in `retro_data.pipeline.Settings`; None for its defaults.
+            stage, as in `retro_data.pipeline.Settings`; None for its defaults. `engine="ray"` prepares
+            on a cluster, with its devices instead of the Trainer's.
         chunk_size: tokens of a chunk.
         prepare: "build" brings the artifacts up to date with the corpus; "verify" never builds and
             names the command that does; "auto" verifies where root is read-only, else builds.
@@ -122,7 +123,7 @@ class RetroDataModule(_LightningDataModule):
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
-        engine: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | str | None = None,
         prepare: str = "auto",
         seq_len: int = 1024,
         mode: str = "document",
@@ -184,15 +185,17 @@ class RetroDataModule(_LightningDataModule):
     # ---- what the data is ------------------------------------------------------------------------
 
     def settings(self) -> Settings:
-        """Settings of the pipeline; under a Trainer with its devices and no others."""
+        """Settings of the pipeline; under a Trainer with its devices and no others, or the cluster's."""
         groups = dict(self._groups)
-        if self.trainer is not None:
-            on_gpu = self.trainer.strategy.root_device.type == "cuda"
-            devices = list(self.trainer.device_ids) if on_gpu else []
-            groups["engine"] = {**(groups["engine"] or {}), "devices": devices}
         if self.mode == "packed":
             groups["packing"] = {"seq_len": self.seq_len}
-        return Settings.create(self.root, self.corpus, chunk_size=self.chunk_size, **groups)
+        made = Settings.create(self.root, self.corpus, chunk_size=self.chunk_size, **groups)
+        if self.trainer is None or made.engine.kind != "local":
+            return made
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        devices = tuple(self.trainer.device_ids) if on_gpu else ()
+        engine = dataclasses.replace(made.engine, devices=devices)
+        return dataclasses.replace(made, engine=engine)
 
     @property
     def prepared(self) -> Prepared:

@@ -122,7 +122,10 @@ class NeighborStage:
         self.search = search
         self.index = index
         exact = search == "exact"
-        self.resources = Resources(gpu=exact, threads=0, in_runs=exact, together=exact)
+        memory = Resources.memory + (settings.memory if exact else 0)
+        self.resources = Resources(
+            gpu=exact, threads=0, in_runs=exact, together=exact, memory=memory
+        )
 
     def key_fields(self) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ from retro_data.corpus import CorpusSettings, open_reader
 from retro_data.database import DatabasePlace, DatabaseSettings, DatabaseStage, StoreOfDatabase
 from retro_data.embedder import EmbedderSettings
 from retro_data.embeddings import EmbeddingStage
-from retro_data.engines import EngineSettings, LocalEngine
+from retro_data.engines import EngineSettings, LocalEngine, open_engine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
 from retro_data.neighbors import NeighborSettings, NeighborStage
@@ -78,7 +78,7 @@ class Settings:
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
         packing: Mapping[str, Any] | None = None,
-        engine: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | str | None = None,
     ) -> Settings:
         """Settings from plain mappings, as Hydra or a caller gives them.
 
@@ -105,7 +105,7 @@ class Settings:
             index=_group(IndexSettings, "index", index),
             neighbors=_group(NeighborSettings, "neighbors", neighbors),
             packing=None if packing is None else _group(PackingSettings, "packing", packing),
-            engine=_group(EngineSettings, "engine", engine),
+            engine=_group(EngineSettings, "engine", EngineSettings.named(engine)),
         )
         settings._check()
         return settings
@@ -293,11 +293,16 @@ def prepare(settings: Settings, engine: Engine | None = None, *, verify: bool = 
     """Build what is missing, mend what is damaged, reuse what is there, and note where it is.
 
     Args:
-        engine: where blocks are made; child processes by `settings.engine` where None.
+        engine: where blocks are made; as `settings.engine` says where None.
         verify: read everything that is there and hold it against its digests; otherwise only
             missing files and wrong sizes are seen.
     """
-    engine = engine or LocalEngine(settings.engine)
+    with contextlib.ExitStack() as opened:
+        engine = engine or opened.enter_context(open_engine(settings.engine))
+        _prepare(settings, engine, verify)
+
+
+def _prepare(settings: Settings, engine: Engine, verify: bool) -> None:
     made, found = [], []
     for step in steps(settings, read_all=verify):
         finished = store.is_finished(step.folder)
@@ -472,14 +477,14 @@ def verify(
 
     Args:
         recompute: share of the blocks of each whole artifact to make again, aside, and compare.
-        engine: where they are made; child processes by `settings.engine` where None.
+        engine: where they are made; child processes of this machine where None.
 
     Returns:
         Title of each artifact to what is wrong with it: an empty list where nothing is.
     """
     if not 0 <= recompute <= 1:
         raise RetroDataError(f"recompute={recompute}: expected a share of the blocks, 0 to 1.")
-    engine = engine or LocalEngine(settings.engine)
+    engine = engine or LocalEngine(settings.engine.on_this_machine())
     found = {}
     parents_whole = True
     for step in steps(settings, read_all=True):

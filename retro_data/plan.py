@@ -116,12 +116,12 @@ def plan(settings: Settings, engine: LocalEngine | None = None) -> Plan:
     """Measure a sample on this machine and reckon with the whole corpora.
 
     Args:
-        engine: where the sample's blocks are made; child processes by `settings.engine` where None.
+        engine: where the sample's blocks are made; child processes of this machine where None.
 
     Raises:
         RetroDataError: the corpora or models cannot be read, or no index fits its budget.
     """
-    engine = engine or LocalEngine(settings.engine)
+    engine = engine or LocalEngine(settings.engine.on_this_machine())
     readers = {c.name: open_reader(c) for c in settings.corpora}
     with tempfile.TemporaryDirectory(prefix="retro-data-plan-") as aside:
         shares = {

@@ -50,6 +50,7 @@ class Resources:
             (`make` must allow that), so that the device works on one while another is read or written.
         in_runs: a worker gains by blocks that follow each other: each worker gets a run of them.
         together: one worker takes all devices of a machine, and is told "cuda".
+        memory: bytes, about, that a worker holds: a cluster gives it that much room.
     """
 
     gpu: bool = False
@@ -58,6 +59,7 @@ class Resources:
     blocks_at_once: int = 1
     in_runs: bool = False
     together: bool = False
+    memory: int = 2**30
 
     def threads_of_worker(self, device: str) -> int:
         """Threads of a worker on this device that make blocks: it is given as many at once."""

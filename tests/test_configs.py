@@ -82,6 +82,12 @@ def test_several_corpora_by_the_override_of_the_readme(tmp_path: Path) -> None:
     assert [corpus.name for corpus in settings.corpora] == ["a", "b"]
 
 
+@pytest.mark.parametrize("override", ["data.engine=ray", "data.engine.kind=ray"])
+def test_a_cluster_is_chosen_by_one_word(override: str, tmp_path: Path) -> None:
+    data = hydra.utils.instantiate(compose(*NEEDED, f"data.root={tmp_path}", override).data)
+    assert data.settings().engine.kind == "ray"
+
+
 def test_a_mixture_by_the_override_of_the_readme(tmp_path: Path) -> None:
     override = "data.mixture={a: 0.7, b: 0.3}"
     assert f"'{override}'" in (REPOSITORY / "README.md").read_text("utf-8")

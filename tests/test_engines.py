@@ -10,19 +10,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, Threads, blocks_made, entries
 
 from retro_data.artifact import open_array, read_manifest
-from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
+from retro_data.engines import EngineSettings, InlineEngine, LocalEngine, open_engine
 from retro_data.engines.local import (
     StageFailed,
-    _Pending,
     child_environment,
     device_names,
     visible_devices,
 )
+from retro_data.engines.pending import PendingBlocks
+from retro_data.engines.ray_cluster import worker_shape
 from retro_data.errors import RetroDataError
 from retro_data.stage import Resources, complete, read_receipts, tile
 
@@ -258,9 +260,75 @@ def test_each_worker_sees_one_gpu(tmp_path: Path, diary: Path):
 @pytest.mark.parametrize("runs", [1, 2, 3, 5])
 def test_blocks_are_given_out_in_runs_and_each_once(runs: int) -> None:
     """A worker's own run in order; one that is done takes from the end of the longest."""
-    pending = _Pending(tile(17, 1), runs)
+    pending = PendingBlocks(tile(17, 1), runs)
     first = [block.index for _ in range(3) if (block := pending.next_of(0)) is not None]
     assert first == [0, 1, 2]
     rest = [block.index for block in iter(lambda: pending.next_of(runs - 1), None)]
     assert sorted(first + rest) == list(range(17))
     assert rest[: 17 // runs - 3] == sorted(rest[: 17 // runs - 3])
+
+
+# ---- a cluster, as far as it needs no Ray --------------------------------------------------------
+
+
+def test_a_block_that_was_not_made_is_the_next_one_of_its_run() -> None:
+    pending = PendingBlocks(tile(6, 1), 2)
+    taken = pending.next_of(1)
+    assert taken is not None
+    pending.give_back(1, taken)
+    again = [block.index for block in iter(lambda: pending.next_of(1), None)]
+    assert again == [3, 4, 5, 2, 1, 0]
+    assert not pending
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro_data.engines.ray_cluster.find_spec", lambda name: None)
+    with (
+        pytest.raises(RetroDataError, match=r"pip install 'retro_data\[ray\]'"),
+        open_engine(EngineSettings(kind="ray")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "slurm"}, r"engine\.kind='slurm': expected local or ray"),
+        ({"kind": "ray", "devices": (0,)}, r"engine\.devices=\[0\].*set engine\.gpus"),
+        ({"tries": 0}, r"engine\.tries=0: expected at least 1"),
+        (
+            {"kind": "ray", "address": "ray://a:10001"},
+            r"on a node of it, with engine\.address=auto",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RetroDataError, match=message):
+        EngineSettings(**given)
+
+
+GIB = 2**30
+HEAD = {"CPU": 4, "memory": 8 * GIB}
+GPU_NODE = {"CPU": 24, "GPU": 4, "memory": 64 * GIB}
+WHOLE, ONE, GPU = Resources(threads=0), Resources(threads=1), Resources(gpu=True, threads=0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "blocks", "settings", "expected"),
+    [  # expected: device, GPUs, CPUs, memory in GiB, room
+        ([HEAD, HEAD], WHOLE, 9, {}, ("cpu", 0, 4, 1, 2)),
+        ([HEAD, GPU_NODE], WHOLE, 9, {}, ("cpu", 0, 4, 1, 7)),  # as large as the smallest node
+        ([HEAD, GPU_NODE], WHOLE, 1, {}, ("cpu", 0, 24, 1, 1)),  # as the largest
+        ([HEAD, GPU_NODE], ONE, 9, {}, ("cpu", 0, 1, 1, 28)),
+        ([HEAD, GPU_NODE], GPU, 9, {}, ("cuda:0", 1, 6, 1, 4)),  # the head's CPUs are for others
+        ([HEAD, GPU_NODE], GPU, 9, {"gpus": 0}, ("cpu", 0, 4, 1, 7)),
+        ([HEAD], GPU, 9, {}, ("cpu", 0, 4, 1, 1)),
+        ([HEAD], GPU, 9, {"gpus": 1}, ("cuda:0", 1, 1, 1, 0)),  # none yet: it waits for one
+        ([HEAD, GPU_NODE], ONE, 9, {"cpus": 2, "memory": 8 * GIB}, ("cpu", 0, 2, 8, 9)),
+        ([{"memory": GIB / 2}], WHOLE, 9, {}, ("cpu", 0, 1, 0.5, 0)),
+    ],
+)
+def test_a_worker_is_as_large_as_the_nodes_let_it_be(nodes, wanted, blocks, settings, expected):
+    shape = worker_shape(EngineSettings(kind="ray", **settings), wanted, nodes, blocks)
+    assert (shape.device, shape.gpus, shape.cpus, shape.memory / GIB, shape.room) == expected
+    assert shape.variables.get("OMP_NUM_THREADS") == (None if shape.gpus else str(shape.cpus))

@@ -691,7 +691,7 @@ def test_a_database_of_another_corpus(base: Arguments, tmp_path: Path):
     [
         ({"embedder": {"poling": "cls"}}, r"embedder\.poling.*expected some of: name.*pooling"),
         ({"neighbors": {"k": 2}}, r"neighbors\.k.*num_stored"),
-        ({"engine": {"gpus": 2}}, r"engine\.gpus.*devices, workers"),
+        ({"engine": {"cards": 2}}, r"engine\.cards.*devices, workers"),
         ({"corpus": {"name": "a"}}, r"missing setting corpus\.path"),
         ({"corpus": {"path": "a"}}, r"missing setting corpus\.name"),
         ({"corpus": []}, "expected at least one"),

@@ -46,7 +46,7 @@ FIELDS: dict[type, tuple[str, str]] = {
     ),
     NeighborSettings: ("search exact_rows metric num_stored", "block_rows memory"),
     PackingSettings: ("seq_len", ""),
-    EngineSettings: ("", "devices workers"),
+    EngineSettings: ("", "kind devices workers address gpus cpus memory tries"),
 }
 
 

@@ -16,14 +16,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from retro_data.artifact import free
 from retro_data.engines.inline import InlineEngine
+from retro_data.engines.pending import PendingBlocks
+from retro_data.engines.settings import EngineSettings
 from retro_data.errors import RetroDataError
 from retro_data.stage import Block, Receipt, Stage
 
@@ -32,19 +31,7 @@ RANK_VARIABLES = (
     "LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME PL_GLOBAL_SEED"
 ).split()
 RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "PMI_", "OMPI_")
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Where the work runs. Nothing here changes a byte of any artifact on the same device kind.
-
-    Attributes:
-        devices: GPUs to use, as their indices among the visible ones; None means all, [] none.
-        workers: CPU workers a stage; 0 lets each stage choose by the cores there are.
-    """
-
-    devices: tuple[int, ...] | None = free(None)
-    workers: int = free(0)
+KEPT = "Finished blocks are kept; the next `retro-data prepare` goes on from them."
 
 
 class StageFailed(RetroDataError):
@@ -69,7 +56,7 @@ class LocalEngine:
             return
         places = self.places(stage, len(missing))
         children: dict[Connection, _Child] = {}
-        pending = _Pending(missing, len(places) if stage.resources.in_runs else 1)
+        pending = PendingBlocks(missing, len(places) if stage.resources.in_runs else 1)
         try:
             for number, (device, variables) in enumerate(places):
                 child = _Child(number, variables, stage.resources.threads_of_worker(device))
@@ -104,17 +91,20 @@ class LocalEngine:
         threads = stage.resources.threads or cores
         workers = self.settings.workers or max(1, cores // threads)
         workers = min(workers, blocks)
-        threads = max(1, cores // workers)
-        count = str(threads)
-        variables = {
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "OPENBLAS_NUM_THREADS": count,
-            "RAYON_NUM_THREADS": count,
-            "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-        }
-        return [("cpu", variables)] * workers
+        return [("cpu", cpu_variables(max(1, cores // workers)))] * workers
+
+
+def cpu_variables(threads: int) -> dict[str, str]:
+    """The environment of a CPU worker of so many threads."""
+    count = str(threads)
+    return {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "RAYON_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+    }
 
 
 def available_cores() -> int:
@@ -156,22 +146,6 @@ def device_names(found: int, visible: str | None, chosen: Sequence[int] | None) 
     return [tokens[i] for i in chosen]
 
 
-class _Pending:
-    """Blocks still to be given out, in order: one run for all workers, or one for each."""
-
-    def __init__(self, blocks: Sequence[Block], runs: int) -> None:
-        edges = [len(blocks) * i // runs for i in range(runs + 1)]
-        self.runs = [list(blocks[low:high]) for low, high in pairwise(edges)]
-
-    def next_of(self, worker: int) -> Block | None:
-        """The first block left of the worker's run; when that is done, the last of the longest."""
-        own = self.runs[worker % len(self.runs)]
-        if own:
-            return own.pop(0)
-        longest = max(self.runs, key=len)
-        return longest.pop() if longest else None
-
-
 class _Child:
     def __init__(self, number: int, variables: dict[str, str], threads: int) -> None:
         self.number = number
@@ -208,8 +182,8 @@ class _Child:
         if kind == "failed":
             block, reason, trace = content
             raise StageFailed(
-                f"{stage}: {_work([] if block is None else [block])} failed: {reason}\n"
-                f"Finished blocks are kept; the next `retro-data prepare` goes on from them.\n{trace}"
+                f"{stage}: {describe([] if block is None else [block])} failed: {reason}\n"
+                f"{KEPT}\n{trace}"
             )
         receipt: Receipt | None = content
         if receipt is not None:
@@ -225,8 +199,8 @@ class _Child:
         else:
             cause = f"ended with exit code {code}"
         return (
-            f"{stage}: the worker process {self.process.pid} {cause} during {_work(self.blocks)}. "
-            "Finished blocks are kept; the next `retro-data prepare` goes on from them."
+            f"{stage}: the worker process {self.process.pid} {cause} during "
+            f"{describe(self.blocks)}. {KEPT}"
         )
 
     def dismiss(self) -> bool:
@@ -246,7 +220,8 @@ class _Child:
             self.lifeline = -1
 
 
-def _work(blocks: Iterable[int]) -> str:
+def describe(blocks: Iterable[int]) -> str:
+    """What a worker does with these blocks in its hands, for a message."""
     names = " and ".join(map(str, sorted(blocks)))
     return f"block {names}" if names else "opening a worker"
 
@@ -261,10 +236,15 @@ def _has_descriptor(stream: Any) -> bool:
 
 def child_environment(variables: dict[str, str]) -> dict[str, str]:
     """This environment without what would make a child take itself for a distributed rank."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
-    }
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**kept, "PYTHONPATH": path, **variables}
+    kept = {name: value for name, value in os.environ.items() if not names_rank(name)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(import_path()), **variables}
+
+
+def names_rank(variable: str) -> bool:
+    """Whether a process takes itself for a rank of a distributed run by this variable."""
+    return variable in RANK_VARIABLES or variable.startswith(RANK_PREFIXES)
+
+
+def import_path() -> list[str]:
+    """Where this process finds its modules."""
+    return [entry or os.getcwd() for entry in sys.path]

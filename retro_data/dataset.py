@@ -49,7 +49,7 @@ NO_LABEL = -100
 # ---- reading chunks ------------------------------------------------------------------------------
 
 
-class _ChunkReader:
+class ChunkReader:
     """Reads chunks by global row, each with the start of the chunk that follows it in its store.
 
     A chunk and the next one lie side by side, so both come by one read of a longer item, out of a
@@ -102,7 +102,7 @@ class _ChunkReader:
 
 
 class _StoreReader:
-    """`_ChunkReader` of one store."""
+    """`ChunkReader` of one store."""
 
     def __init__(self, store: ChunkStore, follow: int, prefetch: bool) -> None:
         self.store = store
@@ -250,10 +250,10 @@ class _Readers:
         self.wide = np.dtype(f"V{8 * size}")  # a chunk of int64
         self.no_tokens = _item(self.wide, np.dtype(np.int64), pad_id)
         self.no_labels = _item(self.wide, np.dtype(np.int64), NO_LABEL)
-        self.chunks = _ChunkReader(dataset.chunks, 1, dataset.prefetch)
+        self.chunks = ChunkReader(dataset.chunks, 1, dataset.prefetch)
         if dataset.num_neighbors:
             assert dataset.database is not None
-            self.database = _ChunkReader(dataset.database, size, dataset.prefetch)
+            self.database = ChunkReader(dataset.database, size, dataset.prefetch)
             dtype = self.database.dtype
             self.narrow = np.dtype(f"V{dtype.itemsize * size}")  # a chunk as it is stored
             self.no_chunk = _item(self.narrow, dtype, pad_id)

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from retro_data import store
+from retro_data import artifact, store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
+from retro_data.dataset import ChunkReader
 from retro_data.errors import RetroDataError
 from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, rank
 from retro_data.index import SearchIndex, load_index
+from retro_data.quality import neighbor_quality
 from retro_data.stage import (
     Block,
     BlockWriter,
@@ -231,16 +233,29 @@ class NeighborStage:
         arrays = {name: lay_parts(folder, receipts, name) for name in names}
         counts = total_counts(receipts)
         used = max(1, counts["used_candidates"])
+        quality = self._quality(folder)
+        log.info("neighbors %s: %s", self.corpus, quality)
         return {
             "arrays": arrays,
             "rows": sum(r.rows for r in receipts),
             "figures": {
                 **counts,
+                **quality,
                 "fill_rate": counts["candidates_found"] / max(1, counts["candidates"]),
                 "fill_rate_used": counts["used_candidates_found"] / used,
                 "same_document_rate": counts["same_document"] / max(1, counts["candidates_found"]),
             },
         }
+
+    def _quality(self, folder: Path) -> dict[str, Any]:
+        database = self.database.open()
+        chunks = ChunkStore(self.chunks[0])
+        ids, distances = (
+            artifact.open_array(folder / name)
+            for name in (store.NEIGHBOR_IDS, store.NEIGHBOR_DISTANCES)
+        )
+        reader = ChunkReader(database.stores, chunks.chunk_size, prefetch=False)
+        return neighbor_quality(chunks, ids, distances, reader, database.admitted)
 
 
 def _is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> Array:

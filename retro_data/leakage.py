@@ -1,20 +1,50 @@
-"""How much of a chunk to be predicted stands word for word in what was retrieved.
+"""The stage `leakage`: how much of an evaluation chunk stands word for word in what was retrieved.
 
-r(C) is the length of the longest token substring that an evaluation chunk C shares with one of its
-neighbors, over the tokens of C (Borgeaud et al. 2021, section 2.6).
+r(C) is the length of the longest token substring that chunk C shares with one of its nearest
+neighbors and its continuation, over the tokens of C (Borgeaud et al. 2021, section 2.6). Beside it
+r_seen(C): C against the neighbors of the chunk before it in its document, which are what a model sees
+while it predicts C. Both are of the stored candidates, so neither changes with what is read of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retro_data import artifact, store
 from retro_data.chunks import narrowest
+from retro_data.dataset import ChunkReader
+from retro_data.splits import EVALUATION, SPLITS, SplitSettings, split_of_documents
+from retro_data.stage import (
+    Block,
+    BlockWriter,
+    Receipt,
+    Resources,
+    lay_parts,
+    tile,
+    total_counts,
+)
+from retro_data.store import ChunkStore, DatabaseStores, NeighborLists
+from retro_data.tokenizer import LmTokenizer
+
+log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
+NEAREST = 10  # neighbors that a chunk is held against, as in the paper
+ALPHAS = tuple(i / 8 for i in range(1, 9))  # r <= alpha, from 12.5% to 100%
+BATCH_CHUNKS = 1024  # evaluation chunks whose neighbors are read at once
 WORKING_BYTES = 2**20  # of one batch of pairs: what a core's cache holds
+
+
+# ---- substrings ----------------------------------------------------------------------------------
 
 
 def longest_common_substrings(
@@ -66,3 +96,172 @@ def _longest(queries: Array, retrieved: Array, count: np.dtype[Any]) -> Array:
         np.maximum(longest[crossed], now, out=longest[crossed])
     best: Array = longest.max(0, initial=0)
     return best
+
+
+def leakage_bins(longest: Array, real_tokens: Array) -> Array:
+    """Index of the first of ALPHAS that r = longest / real_tokens does not exceed.
+
+    Args:
+        longest: (E,) tokens.
+        real_tokens: (E,) tokens; a chunk of none leaks nothing.
+    """
+    eighths = -(-len(ALPHAS) * longest.astype(np.int64) // np.maximum(real_tokens, 1))
+    bins: Array = np.maximum(eighths, 1) - 1
+    return bins
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+
+@dataclass
+class LeakageContext:
+    queries: ChunkStore
+    neighbors: NeighborLists
+    reader: ChunkReader  # of the database
+    bos_id: int | None
+    evaluated: Array  # (D,) bool
+
+
+class LeakageStage:
+    """Measures the leakage of the evaluation chunks of one corpus.
+
+    Args:
+        corpus: its name.
+        split: of the corpus: "hash", "val" or "test".
+        splits: which documents are evaluated.
+        chunks, neighbors: folder and key of its chunk store and of its neighbors.
+        database: folders of the chunk stores that neighbors are of.
+        tokenizer: folder of the LM tokenizer.
+        covers_training: whether all training documents are in the database.
+    """
+
+    name = "leakage"
+    version = 1
+    resources = Resources(threads=1)
+    unit = "chunks"
+    tolerance = 0.0
+
+    def __init__(
+        self,
+        corpus: str,
+        split: str,
+        splits: SplitSettings,
+        chunks: tuple[Path, str],
+        neighbors: tuple[Path, str],
+        database: Sequence[Path],
+        tokenizer: Path,
+        covers_training: bool,
+    ) -> None:
+        self.corpus, self.split, self.splits = corpus, split, splits
+        self.chunks, self.neighbors = chunks, neighbors
+        self.database = tuple(database)
+        self.tokenizer = tokenizer
+        self.covers_training = covers_training
+
+    def key_fields(self) -> dict[str, Any]:
+        splits = artifact.key_fields(self.splits) if self.split == "hash" else None
+        fields = {"split": self.split, "splits": splits, "covers_training": self.covers_training}
+        return {"name": self.corpus, "nearest": NEAREST, **fields}
+
+    def parents(self) -> dict[str, str]:
+        return {"chunks": self.chunks[1], "neighbors": self.neighbors[1]}
+
+    def blocks(self) -> list[Block]:
+        rows = len(ChunkStore(self.chunks[0]))
+        return tile(rows, min(max(rows // 64, 1024), 65_536))
+
+    def open(self, device: str) -> AbstractContextManager[LeakageContext]:
+        queries = ChunkStore(self.chunks[0])
+        split = split_of_documents(queries.documents.keys, self.split, self.splits)
+        database = DatabaseStores.of(self.database)
+        return contextlib.nullcontext(
+            LeakageContext(
+                queries,
+                NeighborLists(self.neighbors[0]),
+                ChunkReader(database, queries.chunk_size, prefetch=False),
+                LmTokenizer(self.tokenizer).bos_id,
+                np.isin(split, [SPLITS.index(name) for name in EVALUATION]),
+            )
+        )
+
+    def make(self, context: LeakageContext, block: Block, out: BlockWriter) -> None:
+        chunks = context.queries
+        document = chunks.document_of_chunk[block.start : block.stop]
+        rows = block.start + np.flatnonzero(context.evaluated[document])
+        width = min(NEAREST, context.neighbors.ids.shape[1])
+        count = narrowest(chunks.chunk_size, (np.uint8, np.uint16))
+        real_tokens = np.zeros(len(rows), count)
+        own, seen = (np.zeros((len(rows), width), count) for _ in range(2))
+        for start in range(0, len(rows), BATCH_CHUNKS):
+            part = slice(start, start + BATCH_CHUNKS)
+            real_tokens[part], own[part], seen[part] = _measure(context, rows[part], width)
+        parts = {
+            store.LEAKAGE_ROWS: rows.astype(np.int64),
+            store.LEAKAGE_TOKENS: real_tokens,
+            store.LEAKAGE_OWN: own,
+            store.LEAKAGE_SEEN: seen,
+        }
+        for kind, array in parts.items():
+            out.array(store.part_name(block.index, kind), array)
+        out.rows = len(rows)
+        for name, longest in (("r", own), ("r_seen", seen)):
+            bins = leakage_bins(longest.max(1, initial=0), real_tokens)
+            for i, chunks_of_bin in enumerate(np.bincount(bins, minlength=len(ALPHAS))):
+                out.count(f"{name} {i}", int(chunks_of_bin))
+
+    def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
+        if not self.covers_training:
+            log.warning(
+                "leakage %s: training documents outside the database are not looked at, so that r "
+                "covers what can be retrieved alone",
+                self.corpus,
+            )
+        kinds = (store.LEAKAGE_ROWS, store.LEAKAGE_TOKENS, store.LEAKAGE_OWN, store.LEAKAGE_SEEN)
+        counts, rows = total_counts(receipts), sum(r.rows for r in receipts)
+        shares = {
+            name: [
+                round(sum(counts[f"{name} {j}"] for j in range(i + 1)) / max(1, rows), 6)
+                for i in range(len(ALPHAS))
+            ]
+            for name in ("r", "r_seen")
+        }
+        return {
+            "arrays": {kind: lay_parts(folder, receipts, kind) for kind in kinds},
+            "rows": rows,
+            "figures": {
+                "alphas": list(ALPHAS),
+                **{f"chunks_with_{name}_at_most": share for name, share in shares.items()},
+                "covers_training": self.covers_training,
+            },
+        }
+
+
+def _measure(context: LeakageContext, rows: Array, width: int) -> tuple[Array, Array, Array]:
+    """Real tokens (E,) of chunks (E,), and what they share with their own and the seen (E, width)."""
+    chunks, before = context.queries, np.maximum(rows - 1, 0)
+    document = chunks.document_of_chunk
+    follows = (rows > 0) & (document[rows] == document[before])
+    # Most chunks come after one that is asked for, too: its neighbors are read once.
+    asked = np.union1d(rows, before[follows])
+    size = chunks.chunk_size
+    tokens, lengths, _ = context.reader(
+        np.asarray(context.neighbors.ids[asked, :width], np.int64).ravel()
+    )
+    real = (np.arange(size) < lengths[..., None]).reshape(len(tokens), -1)
+    mask = real & (tokens != _no_token(context.bos_id))
+    queries = chunks.tokens[rows]
+    query_mask = np.arange(size) < chunks.lengths[rows][:, None]
+    query_mask &= queries != _no_token(context.bos_id)
+    longest = [np.zeros((len(rows), width), np.int64) for _ in range(2)]
+    for found, chosen, shift in ((longest[0], np.arange(len(rows)), 0), (longest[1], follows, 1)):
+        chosen = np.arange(len(rows))[chosen]
+        pairs = np.searchsorted(asked, rows[chosen] - shift)[:, None] * width + np.arange(width)
+        query = np.repeat(chosen, width)
+        found[chosen] = longest_common_substrings(
+            queries[query], tokens[pairs.ravel()], query_mask[query], mask[pairs.ravel()]
+        ).reshape(-1, width)
+    return query_mask.sum(1), longest[0], longest[1]
+
+
+def _no_token(bos_id: int | None) -> int:
+    return -1 if bos_id is None else bos_id

@@ -1,6 +1,6 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors (─► packing)
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► leakage (─► packing)
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
@@ -29,14 +29,21 @@ from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import EngineSettings, LocalEngine, open_engine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
+from retro_data.leakage import LeakageStage
 from retro_data.neighbors import NeighborSettings, NeighborStage
 from retro_data.packing import PackingSettings, PackingStage
 from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
 from retro_data.sequences import whole_chunks
-from retro_data.splits import TRAINING, SplitSettings, split_of_documents
+from retro_data.splits import EVALUATION, TRAINING, SplitSettings, split_of_documents
 from retro_data.stage import Engine, Stage, complete, stage_key
-from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences
+from retro_data.store import (
+    ChunkStore,
+    DatabaseStores,
+    LeakageTable,
+    NeighborLists,
+    PackedSequences,
+)
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage, TrainingCorpus
 
 log = logging.getLogger(__name__)
@@ -134,6 +141,16 @@ class Settings:
                 "half for training, on which the tokenizer is trained. Name one (tokenizer.name), or "
                 "evaluate on less."
             )
+
+    def evaluates(self, split: str) -> bool:
+        """Whether a corpus of this split may hold documents of val or test."""
+        return split in EVALUATION or (split == "hash" and self.splits.val + self.splits.test > 0)
+
+    def retrieves_training(self) -> bool:
+        """Whether all training documents are in the database."""
+        training = {corpus.name for corpus in self.corpora if corpus.split in TRAINING}
+        chosen = self.database.corpora
+        return "train" in self.database.splits and (chosen is None or training <= set(chosen))
 
     def prepared_path(self) -> Path:
         """Where the keys are kept that this configuration was prepared to."""
@@ -264,9 +281,10 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
     if search == "index":
         index = step(IndexStage(settings.index, settings.neighbors.metric, place))
         yield index
+    neighbors = {}
     for name in names:
         if splits[name] != "database":  # chunks that are only ever retrieved ask for nothing
-            yield step(
+            neighbors[name] = step(
                 NeighborStage(
                     settings.neighbors,
                     name,
@@ -278,6 +296,20 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 ),
                 name,
             )
+            yield neighbors[name]
+    for name in names:
+        if settings.evaluates(splits[name]):
+            stage: Stage = LeakageStage(
+                name,
+                splits[name],
+                settings.splits,
+                chunks[name].place,
+                neighbors[name].place,
+                place.chunks,
+                tokenizer.folder,
+                settings.retrieves_training(),
+            )
+            yield step(stage, name)
     for name in names:
         if settings.packing is not None and splits[name] in TRAINING:
             stage = PackingStage(
@@ -373,6 +405,7 @@ class PreparedCorpus:
         neighbors: None for a corpus that is only ever retrieved.
         key: of all its data.
         sequences: packed training sequences, None where none were packed.
+        leakage: of its evaluation chunks, None where there are none, or it was not measured.
     """
 
     chunks: ChunkStore
@@ -380,6 +413,7 @@ class PreparedCorpus:
     neighbors: NeighborLists | None
     key: str
     sequences: PackedSequences | None = None
+    leakage: LeakageTable | None = None
 
 
 @dataclass(frozen=True)
@@ -415,8 +449,10 @@ def open_prepared(settings: Settings) -> Prepared:
         if settings.packing is not None and name in note["packing"]:
             sequences = PackedSequences(folder("packing", name))
             identity.append(note["packing"][name])
+        measured = name in note.get("leakage", {})  # not by those who prepared before it was
+        leakage = LeakageTable(folder("leakage", name)) if measured else None
         key = canonical_json(identity)
-        corpora.append(PreparedCorpus(chunks, split, neighbors, key, sequences))
+        corpora.append(PreparedCorpus(chunks, split, neighbors, key, sequences, leakage))
     chosen = settings.database.corpora or [corpus.name for corpus in settings.corpora]
     database = [folder("chunks", c.name) for c in settings.corpora if c.name in chosen]
     fields = {

@@ -19,7 +19,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -31,14 +31,16 @@ from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open
 from retro_data.embedder import embedder_dim, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import LocalEngine
+from retro_data.engines.local import available_cores
 from retro_data.errors import RetroDataError
 from retro_data.exact import Search, Vectors
 from retro_data.index import ADD_BYTES
 from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
+from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
 from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
-from retro_data.splits import SPLITS, TRAINING, split_of_documents
+from retro_data.splits import EVALUATION, SPLITS, TRAINING, split_of_documents
 from retro_data.stage import Engine, complete
 from retro_data.store import ChunkStore
 
@@ -49,6 +51,7 @@ MEASURE_SECONDS = 6.0  # of embedding, after what it takes to start
 MEASURE_CHUNKS = 256  # of one block of embeddings while measuring
 SEARCH_ROWS = {"cpu": (1024, 16_384), "cuda": (16_384, 262_144)}  # queries and rows
 KMEANS_ROUNDS = 10  # of faiss
+LEAKAGE_BYTES_A_TOKEN = 40  # of a chunk, for each of its neighbors in one batch
 PROBED_LISTS = 32  # of an inverted file, a guess: nprobe is found when the index is built
 SCAN_BYTES_A_DOCUMENT = 57  # that a scan keeps of each document of one block
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -263,6 +266,7 @@ class _Measured:
         chunk_seconds: title -> worker seconds of embedding one chunk.
         rows, tokens: corpus -> chunks and tokens of the sample.
         admitted: share of the chunks that may be neighbors.
+        evaluated: corpus -> share of its chunks that are of val or test.
         dim: of a vector.
     """
 
@@ -273,6 +277,7 @@ class _Measured:
         self.chunk_seconds: dict[str, float] = {}
         self.rows: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
+        self.evaluated: dict[str, float] = {}
         admitted = 0
         for step in steps(sample):
             if step.stage.name not in ("corpus", "tokenizer", "chunks", "embeddings"):
@@ -287,18 +292,20 @@ class _Measured:
                 chunks, name = ChunkStore(step.folder), str(step.corpus)
                 self.rows[name] = len(chunks)
                 self.tokens[name] = int(chunks.documents.tokens.sum())
-                admitted += _admitted(sample, name, chunks)
+                admitted += _chunks_in(sample.database.splits, sample, name, chunks)
+                evaluated = _chunks_in(EVALUATION, sample, name, chunks)
+                self.evaluated[name] = evaluated / max(1, len(chunks))
         self.admitted = admitted / max(1, sum(self.rows.values()))
         self.sizes = {title: _size(step.folder) for title, step in self.steps.items()}
         self.dim = embedder_dim(embedder_folder(sample.embedder))
 
 
-def _admitted(settings: Settings, corpus: str, chunks: ChunkStore) -> int:
-    """Chunks of documents that the database admits."""
+def _chunks_in(splits: Sequence[str], settings: Settings, corpus: str, chunks: ChunkStore) -> int:
+    """Chunks of a corpus' documents of these splits."""
     split = next(c.split for c in settings.corpora if c.name == corpus)
     of_document = split_of_documents(chunks.documents.keys, split, settings.splits)
-    admitted = np.isin(of_document, [SPLITS.index(s) for s in settings.database.splits])
-    return int(admitted[chunks.document_of_chunk].sum())
+    chosen = np.isin(of_document, [SPLITS.index(s) for s in splits])
+    return int(chosen[chunks.document_of_chunk].sum())
 
 
 def _embedding_seconds(stage: EmbeddingStage, folder: Path, engine: Engine) -> float:
@@ -339,6 +346,15 @@ def _product_rate(dim: int, k: int, device: str) -> float:
     return 2.0 * queries * rows * dim / (time.monotonic() - began)
 
 
+def _pair_seconds(chunk_size: int) -> float:
+    """Seconds to find the longest common substring of a chunk and a neighbor on this machine."""
+    rows = np.random.default_rng(0).integers(0, 1000, (4096, 3 * chunk_size)).astype(np.uint16)
+    query, retrieved = rows[:, :chunk_size], rows[:, chunk_size:]
+    began = time.monotonic()
+    longest_common_substrings(query, retrieved, query >= 0, retrieved >= 0)
+    return (time.monotonic() - began) / len(rows)
+
+
 # ---- reckoning -----------------------------------------------------------------------------------
 
 
@@ -370,6 +386,7 @@ class _Reckoning:
             index_bytes = stages[-1].bytes
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
+        stages += [self._leakage(c) for c in self.settings.corpora if self._evaluates(c)]
         if self.settings.packing is not None:
             trained = [c for c in self.settings.corpora if c.split in TRAINING]
             stages += [self._packing(c, self.settings.packing.seq_len) for c in trained]
@@ -481,6 +498,22 @@ class _Reckoning:
             seconds, how = flop / self._rate("cpu"), "from the rate of products"
             memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
+
+    def _evaluates(self, corpus: CorpusSettings) -> bool:
+        return self.settings.evaluates(corpus.split)
+
+    def _leakage(self, corpus: CorpusSettings) -> StagePlan:
+        rows = int(self.chunks[corpus.name] * self.measured.evaluated[corpus.name])
+        nearest = min(NEAREST, self.settings.neighbors.num_stored)
+        wide = 1 if self.settings.chunks.chunk_size < 256 else 2
+        size = rows * (8 + wide * (1 + 2 * nearest))
+        workers = max(1, min(available_cores(), self.settings.engine.workers or rows))
+        of_batch = BATCH_CHUNKS * nearest * self.settings.chunks.chunk_size * LEAKAGE_BYTES_A_TOKEN
+        memory = workers * (self.measured.memory["chunks"] + of_batch)
+        seconds = 2 * rows * nearest * _pair_seconds(self.settings.chunks.chunk_size) / workers
+        return StagePlan(
+            f"leakage {corpus.name}", rows, size, 2 * size, memory, seconds, "measured"
+        )
 
     def _packing(self, corpus: CorpusSettings, seq_len: int) -> StagePlan:
         splits, chunks = self.settings.splits, self.chunks[corpus.name]

@@ -19,6 +19,7 @@ Array = np.ndarray[Any, Any]
 
 SPLITS = ("train", "val", "test", "database")
 TRAINING = ("hash", "train")  # `split` of corpora that hold training documents
+EVALUATION = ("val", "test")
 
 
 @dataclass(frozen=True)

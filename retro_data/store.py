@@ -8,6 +8,7 @@
       database/<key>/           admitted_<store>.npy · manifest.json
       index/<key>/              00000.index · manifest.json
       neighbors/<name>-<key>/   ids.npy · distances.npy · manifest.json
+      leakage/<name>-<key>/     rows.npy · real_tokens.npy · own.npy · seen.npy · manifest.json
       packing/<name>-<key>/     sequences.npy · manifest.json
       prepared/<settings>.json  which keys a configuration was last prepared to
 
@@ -31,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 STAGES = (
     *("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors"),
-    "packing",
+    *("leakage", "packing"),
 )
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
@@ -54,6 +55,11 @@ DOCUMENT_ID_OFFSETS = "documents_id_offsets.npy"  # (D + 1,) int64
 # neighbors
 NEIGHBOR_IDS = "ids.npy"  # (N, K) int32 or int64: global rows of the database, -1 for none
 NEIGHBOR_DISTANCES = "distances.npy"  # (N, K) float32
+# leakage
+LEAKAGE_ROWS = "rows.npy"  # (E,) int64: evaluation chunks, by their row in the chunk store
+LEAKAGE_TOKENS = "real_tokens.npy"  # (E,) uint8 or uint16: of each, without bos
+LEAKAGE_OWN = "own.npy"  # (E, L) longest common substring with each of its own nearest neighbors
+LEAKAGE_SEEN = "seen.npy"  # (E, L) with each of those of the chunk before, of the same document
 # packing
 SEQUENCES = "sequences.npy"  # (S, chunks of a sequence) int32 or int64: chunk rows, -1 at the end
 
@@ -260,6 +266,30 @@ class NeighborLists:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NeighborLists, (self.folder,)
+
+
+class LeakageTable:
+    """What evaluation chunks of one store share with what was retrieved.
+
+    Attributes:
+        rows: (E,) int64, chunk rows, ascending.
+        real_tokens: (E,) of each chunk, without bos.
+        own: (E, L) tokens of the longest substring that the chunk shares with each of its own L
+            nearest neighbors, in their order.
+        seen: (E, L) the same with the neighbors of the chunk before, of the same document: what a
+            model sees while it predicts the chunk. 0 for a document's first chunk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        manifest = finished(self.folder)
+        self.rows = _open(self.folder, LEAKAGE_ROWS, manifest)
+        self.real_tokens = _open(self.folder, LEAKAGE_TOKENS, manifest)
+        self.own = _open(self.folder, LEAKAGE_OWN, manifest)
+        self.seen = _open(self.folder, LEAKAGE_SEEN, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LeakageTable, (self.folder,)
 
 
 class PackedSequences:

@@ -41,7 +41,7 @@ def test_what_a_changed_corpus_left_can_go(small: Small, tmp_path: Path, corpus_
     new = files(settings.root)
     found = clean.removable(settings)
     assert [item.path.parent.name for item in found] == [
-        *("corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors")
+        *("corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors", "leakage")
     ]
     assert files(settings.root) == new  # looking removes nothing
     assert sum(item.bytes for item in found) > 10_000
@@ -57,7 +57,7 @@ def test_what_other_configurations_use_stays_unless_asked_for(small: Small) -> N
     second = prepared(small, neighbors={"num_stored": 5})
     assert clean.removable(second) == []
     found = clean.removable(second, others=True)
-    assert sorted(item.path.parent.name for item in found) == ["neighbors", "prepared"]
+    assert sorted(item.path.parent.name for item in found) == ["leakage", "neighbors", "prepared"]
     clean.remove(found)
     pipeline.check(second)
     with pytest.raises(RetroDataError, match="retro-data prepare"):

@@ -24,7 +24,16 @@ from retro_data.pipeline import Settings
 from retro_data.splits import SPLITS
 from retro_data.stage import Block, Receipt, Stage, read_receipts
 
-STAGES = ("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors")
+STAGES = (
+    "corpus",
+    "tokenizer",
+    "chunks",
+    "embeddings",
+    "database",
+    "index",
+    "neighbors",
+    "leakage",
+)
 TILING = {"SPAN_BYTES": 8192, "SCAN_BYTES": 1}  # several blocks even of a small corpus
 
 
@@ -137,8 +146,8 @@ def stages_changed(base: Arguments, other: Arguments, tmp_path: Path) -> set[str
     return {stage for stage in STAGES if before.get(stage) != after.get(stage)}
 
 
-FROM_EMBEDDINGS = {"embeddings", "index", "neighbors"}
-FROM_DATABASE = {"database", "index", "neighbors"}
+FROM_EMBEDDINGS = {"embeddings", "index", "neighbors", "leakage"}
+FROM_DATABASE = {"database", "index", "neighbors", "leakage"}
 FROM_CHUNKS = {"chunks", *FROM_EMBEDDINGS, "database"}
 FROM_TOKENIZER = {"tokenizer", *FROM_CHUNKS}
 ALL = set(STAGES)
@@ -172,16 +181,16 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("embedder.block_rows", 7, set()),
     ("database.splits", ["train", "val"], FROM_DATABASE),
     ("database.corpora", ["small"], set()),  # all there is, named
-    ("index.factory", "Flat", {"index", "neighbors"}),
-    ("index.seed", 1, {"index", "neighbors"}),
-    ("index.sample_size", 1000, {"index", "neighbors"}),
-    ("index.target_recall", 0.5, {"index", "neighbors"}),
-    ("index.recall_at", 5, {"index", "neighbors"}),
+    ("index.factory", "Flat", {"index", "neighbors", "leakage"}),
+    ("index.seed", 1, {"index", "neighbors", "leakage"}),
+    ("index.sample_size", 1000, {"index", "neighbors", "leakage"}),
+    ("index.target_recall", 0.5, {"index", "neighbors", "leakage"}),
+    ("index.recall_at", 5, {"index", "neighbors", "leakage"}),
     ("index.threads", 1, set()),
     ("index.max_query_ms", 1.0, set()),
-    ("neighbors.metric", "ip", {"index", "neighbors"}),
-    ("neighbors.search", "exact", {"index", "neighbors"}),
-    ("neighbors.num_stored", 9, {"neighbors"}),
+    ("neighbors.metric", "ip", {"index", "neighbors", "leakage"}),
+    ("neighbors.search", "exact", {"index", "neighbors", "leakage"}),
+    ("neighbors.num_stored", 9, {"neighbors", "leakage"}),
     ("neighbors.exact_rows", 5, set()),  # without a word where search is not auto
     ("neighbors.block_rows", 9, set()),
     ("neighbors.memory", 10**6, set()),
@@ -266,8 +275,8 @@ def test_a_second_prepare_makes_nothing_and_touches_no_file(base: Arguments, pre
     ("setting", "value", "expected"),
     [
         ("splits.val", 0.2, FROM_DATABASE),
-        ("neighbors.num_stored", 5, {"neighbors"}),
-        ("neighbors.search", "exact", {"neighbors"}),
+        ("neighbors.num_stored", 5, {"neighbors", "leakage"}),
+        ("neighbors.search", "exact", {"neighbors", "leakage"}),
         ("embedder.normalize", True, FROM_EMBEDDINGS),
         ("embedder.batch_tokens", 64, set()),
     ],
@@ -318,7 +327,7 @@ def test_exact_neighbors_do_not_depend_on_the_tiling(
         )
         found.append(contents(root))
     assert differing(*found) == []
-    assert len(found[0]) == len(contents(reference)) + 2
+    assert len(found[0]) == len(contents(reference)) + 2 + 4
 
 
 # ---- killed and resumed --------------------------------------------------------------------------

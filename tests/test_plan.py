@@ -55,7 +55,7 @@ def test_the_plan_holds(small: Small, tmp_path: Path, monkeypatch: pytest.Monkey
             rows = sum(1 for _ in documents) if stage.title.startswith("corpus") else None
             assert stage.rows == pytest.approx(rows or manifest["rows"], rel=0.1), stage
         assert stage.memory > 0
-        if stage.title.split()[0] in ("chunks", "embeddings", "neighbors"):
+        if stage.title.split()[0] in ("chunks", "embeddings", "neighbors", "leakage"):
             assert stage.bytes == pytest.approx(made[stage.title].bytes, rel=0.2, abs=8000), stage
             assert stage.seconds > 0
     assert found.chunks == pytest.approx(made["embeddings c"].bytes / 2 / found.dim, rel=0.1)
@@ -71,7 +71,7 @@ def test_an_index_is_planned_by_the_rows_that_will_be(
     found = plan.plan(settings, HereEngine())
     assert found.search == "index"
     assert found.factory == "Flat"
-    assert [row.title.split()[0] for row in found.stages][-2:] == ["index", "neighbors"]
+    assert [row.title.split()[0] for row in found.stages][-3:] == ["index", "neighbors", "leakage"]
 
 
 def test_a_sample_is_spread_over_what_passes_by() -> None:

@@ -86,6 +86,7 @@ STAGE_FIELDS = {
     "database": "stores splits admitted",
     "index": "metric " + FIELDS[IndexSettings][0],
     "neighbors": "name search metric num_stored",
+    "leakage": "name nearest split splits covers_training",
     "packing": "name seq_len split splits",
 }
 STAGE_PARENTS = {
@@ -96,6 +97,7 @@ STAGE_PARENTS = {
     "database": {"chunks small"},
     "index": {"database", "embeddings 0"},
     "neighbors": {"database", "embeddings", "embeddings 0", "index"},
+    "leakage": {"chunks", "neighbors"},
     "packing": {"chunks"},
 }
 

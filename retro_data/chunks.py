@@ -227,10 +227,7 @@ class ChunkStage:
         return {"corpus": self.scan[1], "tokenizer": self.tokenizer[1]}
 
     def blocks(self) -> list[Block]:
-        corpus = ScannedCorpus(self.scan[0])
-        even = corpus.text_bytes // MOST_BLOCKS
-        size = self.settings.block_bytes or min(max(even, LEAST_BLOCK_BYTES), 16 * 2**20)
-        return corpus.blocks(size)
+        return even_blocks(ScannedCorpus(self.scan[0]), self.settings.block_bytes)
 
     def open(self, device: str) -> AbstractContextManager[ChunkContext]:
         tokenizer = LmTokenizer(self.tokenizer[0])
@@ -246,7 +243,7 @@ class ChunkStage:
         text_bytes: list[int] = []
         pieces: list[tuple[Array, Array]] = []
         documents = block_documents(context.reader, context.corpus, block)
-        for batch in _batches(documents):
+        for batch in text_batches(documents):
             texts = [document.text for document in batch]
             if not pieces:
                 self._check_backend(context, texts)
@@ -306,7 +303,13 @@ class ChunkStage:
         }
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def even_blocks(corpus: ScannedCorpus, block_bytes: int = 0) -> list[Block]:
+    """Blocks of about `block_bytes` of text; 0 chooses by the size of the corpus."""
+    even = corpus.text_bytes // MOST_BLOCKS
+    return corpus.blocks(block_bytes or min(max(even, LEAST_BLOCK_BYTES), 16 * 2**20))
+
+
+def text_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents gathered until they hold about ENCODE_BYTES characters."""
     batch: list[Document] = []
     size = 0

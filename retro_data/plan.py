@@ -19,7 +19,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -40,7 +40,7 @@ from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
 from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
-from retro_data.splits import EVALUATION, SPLITS, TRAINING, split_of_documents
+from retro_data.splits import SPLITS, TRAINING, split_of_documents
 from retro_data.stage import Engine, complete
 from retro_data.store import ChunkStore
 
@@ -266,7 +266,6 @@ class _Measured:
         chunk_seconds: title -> worker seconds of embedding one chunk.
         rows, tokens: corpus -> chunks and tokens of the sample.
         admitted: share of the chunks that may be neighbors.
-        evaluated: corpus -> share of its chunks that are of val or test.
         dim: of a vector.
     """
 
@@ -277,7 +276,6 @@ class _Measured:
         self.chunk_seconds: dict[str, float] = {}
         self.rows: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
-        self.evaluated: dict[str, float] = {}
         admitted = 0
         for step in steps(sample):
             if step.stage.name not in ("corpus", "tokenizer", "chunks", "embeddings"):
@@ -292,20 +290,18 @@ class _Measured:
                 chunks, name = ChunkStore(step.folder), str(step.corpus)
                 self.rows[name] = len(chunks)
                 self.tokens[name] = int(chunks.documents.tokens.sum())
-                admitted += _chunks_in(sample.database.splits, sample, name, chunks)
-                evaluated = _chunks_in(EVALUATION, sample, name, chunks)
-                self.evaluated[name] = evaluated / max(1, len(chunks))
+                admitted += _admitted(sample, name, chunks)
         self.admitted = admitted / max(1, sum(self.rows.values()))
         self.sizes = {title: _size(step.folder) for title, step in self.steps.items()}
         self.dim = embedder_dim(embedder_folder(sample.embedder))
 
 
-def _chunks_in(splits: Sequence[str], settings: Settings, corpus: str, chunks: ChunkStore) -> int:
-    """Chunks of a corpus' documents of these splits."""
+def _admitted(settings: Settings, corpus: str, chunks: ChunkStore) -> int:
+    """Chunks of documents that the database admits."""
     split = next(c.split for c in settings.corpora if c.name == corpus)
     of_document = split_of_documents(chunks.documents.keys, split, settings.splits)
-    chosen = np.isin(of_document, [SPLITS.index(s) for s in splits])
-    return int(chosen[chunks.document_of_chunk].sum())
+    admitted = np.isin(of_document, [SPLITS.index(s) for s in settings.database.splits])
+    return int(admitted[chunks.document_of_chunk].sum())
 
 
 def _embedding_seconds(stage: EmbeddingStage, folder: Path, engine: Engine) -> float:
@@ -503,7 +499,9 @@ class _Reckoning:
         return self.settings.evaluates(corpus.split)
 
     def _leakage(self, corpus: CorpusSettings) -> StagePlan:
-        rows = int(self.chunks[corpus.name] * self.measured.evaluated[corpus.name])
+        splits = self.settings.splits
+        share = splits.val + splits.test if corpus.split == "hash" else 1.0
+        rows = int(self.chunks[corpus.name] * share)
         nearest = min(NEAREST, self.settings.neighbors.num_stored)
         wide = 1 if self.settings.chunks.chunk_size < 256 else 2
         size = rows * (8 + wide * (1 + 2 * nearest))

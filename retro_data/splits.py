@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 SPLITS = ("train", "val", "test", "database")
 TRAINING = ("hash", "train")  # `split` of corpora that hold training documents
 EVALUATION = ("val", "test")
+LEFT_OUT_CODE = len(SPLITS)  # of a document of no split: a near-duplicate of one of evaluation
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def split_hash(keys: Array, salt: str) -> Array:
         (D,) float64.
     """
     seed = np.frombuffer(hashlib.blake2b(salt.encode(), digest_size=16).digest(), "<u8")
-    mixed = _mix(_mix(keys[:, 0] ^ seed[0]) ^ keys[:, 1] ^ seed[1])
-    place: Array = (mixed >> np.uint64(11)) / 2.0**53
+    both = mixed(mixed(keys[:, 0] ^ seed[0]) ^ keys[:, 1] ^ seed[1])
+    place: Array = (both >> np.uint64(11)) / 2.0**53
     return place
 
 
-def _mix(x: Array) -> Array:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), on uint64 with wrap-around."""
+def mixed(x: Array) -> Array:
+    """Each uint64 to one that looks random: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -83,9 +84,13 @@ def split_of_documents(keys: Array, split: str, settings: SplitSettings) -> Arra
                 f"corpus.split={split!r}: expected 'hash' or one of {', '.join(SPLITS)}."
             )
         return np.full(len(keys), SPLITS.index(split), np.uint8)
-    place = split_hash(keys, settings.salt)
+    return split_at(split_hash(keys, settings.salt), settings)
+
+
+def split_at(place: Array, settings: SplitSettings) -> Array:
+    """(D,) uint8 index into SPLITS of documents at these places (D,) in [0, 1)."""
     train = 1 - settings.val - settings.test
-    codes = np.zeros(len(keys), np.uint8)
+    codes = np.zeros(len(place), np.uint8)
     codes[place >= train] = SPLITS.index("val")
     codes[place >= train + settings.val] = SPLITS.index("test")
     return codes

@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 STAGES = (
     *("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors"),
-    *("leakage", "packing"),
+    *("leakage", "packing", "shingles", "duplicates"),
 )
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
@@ -60,6 +60,13 @@ LEAKAGE_ROWS = "rows.npy"  # (E,) int64: evaluation chunks, by their row in the 
 LEAKAGE_TOKENS = "real_tokens.npy"  # (E,) uint8 or uint16: of each, without bos
 LEAKAGE_OWN = "own.npy"  # (E, L) longest common substring with each of its own nearest neighbors
 LEAKAGE_SEEN = "seen.npy"  # (E, L) with each of those of the chunk before, of the same document
+# shingles
+SHINGLES = "shingles.npy"  # (T,) uint64: the sets of all documents, each in ascending order
+SHINGLE_COUNTS = "shingle_counts.npy"  # (D,) int64: size of each set
+SHINGLE_KEYS = "shingle_keys.npy"  # (D, 2) uint64: 128-bit identity of each set
+SIGNATURES = "signatures.npy"  # (D, num_perm) uint32
+# duplicates
+LEFT_OUT = "left_out.jsonl"
 # packing
 SEQUENCES = "sequences.npy"  # (S, chunks of a sequence) int32 or int64: chunk rows, -1 at the end
 
@@ -85,6 +92,11 @@ def digests_path(root: Path, corpus: str) -> Path:
 
 def admitted_name(store: int) -> str:
     return f"admitted_{store:03d}.npy"
+
+
+def splits_name(corpus: int) -> str:
+    """(D,) uint8: split of each document of a corpus, near-duplicates told apart."""
+    return f"splits_{corpus:03d}.npy"
 
 
 def block_name(block: int, suffix: str = "npy") -> str:
@@ -290,6 +302,41 @@ class LeakageTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LeakageTable, (self.folder,)
+
+
+class ShingleSets:
+    """What the texts of the documents of one corpus are compared by, in corpus order.
+
+    Attributes:
+        hashes: (T,) uint64, the set of each document, ascending.
+        counts: (D,) int64, size of each set.
+        offsets: (D + 1,) int64, where each set begins.
+        keys: (D, 2) uint64, identity of each set.
+        signatures: (D, num_perm) uint32, MinHash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        manifest = finished(self.folder)
+        self.hashes = np.asarray(_open(self.folder, SHINGLES, manifest))
+        self.counts = _open(self.folder, SHINGLE_COUNTS, manifest)
+        self.keys = _open(self.folder, SHINGLE_KEYS, manifest)
+        self.signatures = _open(self.folder, SIGNATURES, manifest)
+        self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, document: int) -> Array:
+        found: Array = self.hashes[self.offsets[document] : self.offsets[document + 1]]
+        return found
+
+
+def cleaned_splits(folder: Path, corpus: str) -> Array:
+    """(D,) uint8 split of each document of a corpus, from a finished `duplicates` artifact."""
+    manifest = finished(folder)
+    names = [name for name, _ in manifest["fields"]["corpora"]]
+    return _open(folder, splits_name(names.index(corpus)), manifest)
 
 
 class PackedSequences:

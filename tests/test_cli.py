@@ -44,10 +44,10 @@ def test_prepare_status_verify_inspect(
     assert main(["prepare", *overrides]) == 0
     assert main(["status", *overrides]) == 0
     table = capsys.readouterr().out
-    assert table.count("finished") == 6
+    assert table.count("finished") == 7
     assert "missing" not in table
     assert main(["verify", *overrides]) == 0
-    assert capsys.readouterr().out.count("whole") == 6
+    assert capsys.readouterr().out.count("whole") == 7
     assert main(["inspect", "--split", "val", overrides[0], "--index", "1", *overrides[1:]]) == 0
     text = capsys.readouterr().out
     assert "Sequence 1 of" in text
@@ -83,7 +83,7 @@ def test_prepare_mends_what_verify_finds(
     assert main(["prepare", "--verify", *overrides]) == 0
     assert path.read_bytes() == whole
     assert main(["verify", "--recompute", "0.01", *overrides]) == 0
-    assert capsys.readouterr().out.count("whole") == 6
+    assert capsys.readouterr().out.count("whole") == 7
     assert main(["verify", "--recompute", "2", *overrides]) == 1
     assert "expected a share" in capsys.readouterr().err
 
@@ -115,7 +115,15 @@ def test_a_plan_that_will_not_do_is_refused(
     monkeypatch.setattr(plan, "_free_memory", lambda: 2**20)
     assert main(["plan", *overrides]) == 1
     table = capsys.readouterr().out
-    for stage in ("corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors"):
+    for stage in (
+        "corpus",
+        "tokenizer",
+        "chunks",
+        "embeddings",
+        "database",
+        "neighbors",
+        "leakage",
+    ):
         assert f"\n{stage} " in table
     assert "1M are free" in table
 

@@ -53,7 +53,8 @@ def test_the_plan_holds(small: Small, tmp_path: Path, monkeypatch: pytest.Monkey
         manifest = pipeline.store.finished(made[stage.title].folder)
         if stage.title != "tokenizer":
             rows = sum(1 for _ in documents) if stage.title.startswith("corpus") else None
-            assert stage.rows == pytest.approx(rows or manifest["rows"], rel=0.1), stage
+            far = 0.3 if stage.title.startswith("leakage") else 0.1  # of some 24 documents
+            assert stage.rows == pytest.approx(rows or manifest["rows"], rel=far), stage
         assert stage.memory > 0
         if stage.title.split()[0] in ("chunks", "embeddings", "neighbors", "leakage"):
             assert stage.bytes == pytest.approx(made[stage.title].bytes, rel=0.2, abs=8000), stage

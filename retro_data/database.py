@@ -20,7 +20,7 @@ from retro_data import artifact, store
 from retro_data.artifact import keyed
 from retro_data.errors import RetroDataError
 from retro_data.exact import Vectors
-from retro_data.splits import SPLITS, SplitSettings, split_of_documents
+from retro_data.splits import LEFT_OUT_CODE, SPLITS, SplitOfCorpus, SplitSettings
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, block_files, total_counts
 from retro_data.store import ChunkStore, DatabaseStores, Embeddings
 
@@ -65,6 +65,7 @@ class DatabaseStage:
         settings: what is admitted.
         splits: how documents of a corpus with split "hash" are told apart.
         stores: the chunk stores, in order.
+        duplicates: folder and key of the stage that told near-duplicates apart, if one did.
     """
 
     name = "database"
@@ -74,11 +75,16 @@ class DatabaseStage:
     tolerance = 0.0
 
     def __init__(
-        self, settings: DatabaseSettings, splits: SplitSettings, stores: Sequence[StoreOfDatabase]
+        self,
+        settings: DatabaseSettings,
+        splits: SplitSettings,
+        stores: Sequence[StoreOfDatabase],
+        duplicates: tuple[Path, str] | None = None,
     ) -> None:
         self.settings = settings
         self.splits = splits
         self.stores = list(stores)
+        self.duplicates = duplicates
 
     def key_fields(self) -> dict[str, Any]:
         return {
@@ -88,7 +94,8 @@ class DatabaseStage:
         }
 
     def parents(self) -> dict[str, str]:
-        return {f"chunks {s.name}": s.key for s in self.stores}
+        found = {f"chunks {s.name}": s.key for s in self.stores}
+        return {**found, "duplicates": self.duplicates[1]} if self.duplicates else found
 
     def blocks(self) -> list[Block]:
         return [Block(i, i, i + 1) for i in range(len(self.stores))]
@@ -99,12 +106,13 @@ class DatabaseStage:
     def make(self, context: None, block: Block, out: BlockWriter) -> None:
         place = self.stores[block.index]
         documents = ChunkStore(place.folder).documents
-        split = split_of_documents(documents.keys, place.split, self.splits)
+        split = SplitOfCorpus(place.name, place.split, self.splits, self.duplicates).of(documents)
         admitted = np.isin(split, [SPLITS.index(s) for s in self.settings.splits])
         out.array(store.admitted_name(block.index), admitted)
         out.rows = len(admitted)
         out.count("documents", len(admitted))
         out.count("admitted_documents", int(admitted.sum()))
+        out.count("documents_left_out", int((split == LEFT_OUT_CODE).sum()))
         out.count("chunks", int(documents.first_chunk[-1]))
         out.count("admitted_chunks", int(np.diff(documents.first_chunk)[admitted].sum()))
 

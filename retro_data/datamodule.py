@@ -84,6 +84,9 @@ class RetroDataModule(_LightningDataModule):
         tokenizer, chunks, splits, embedder, database, index, neighbors, engine: settings of each
             stage, as in `retro_data.pipeline.Settings`; None for its defaults. `engine="ray"` prepares
             on a cluster, with its devices instead of the Trainer's.
+        near_duplicates: leave documents that are near-duplicates of evaluation documents out of
+            training and database, and split near-duplicates as one: settings as in
+            `retro_data.shingles`, {} for the defaults; None: they are not looked for.
         chunk_size: tokens of a chunk.
         prepare: "build" brings the artifacts up to date with the corpus; "verify" never builds and
             names the command that does; "auto" verifies where root is read-only, else builds.
@@ -123,6 +126,7 @@ class RetroDataModule(_LightningDataModule):
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
+        near_duplicates: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | str | None = None,
         prepare: str = "auto",
         seq_len: int = 1024,
@@ -151,6 +155,7 @@ class RetroDataModule(_LightningDataModule):
             "database": _plain(database),
             "index": _plain(index),
             "neighbors": _plain(neighbors),
+            "near_duplicates": _plain(near_duplicates),
             "engine": _plain(engine),
         }
         self.save_hyperparameters(logger=False)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from retro_data import artifact, store
+from retro_data import store
 from retro_data.chunks import narrowest
 from retro_data.dataset import ChunkReader
-from retro_data.splits import EVALUATION, SPLITS, SplitSettings, split_of_documents
+from retro_data.splits import EVALUATION, SPLITS, SplitOfCorpus
 from retro_data.stage import (
     Block,
     BlockWriter,
@@ -126,9 +126,7 @@ class LeakageStage:
     """Measures the leakage of the evaluation chunks of one corpus.
 
     Args:
-        corpus: its name.
-        split: of the corpus: "hash", "val" or "test".
-        splits: which documents are evaluated.
+        split: the corpus, and which of its documents are evaluated.
         chunks, neighbors: folder and key of its chunk store and of its neighbors.
         database: folders of the chunk stores that neighbors are of.
         tokenizer: folder of the LM tokenizer.
@@ -143,28 +141,26 @@ class LeakageStage:
 
     def __init__(
         self,
-        corpus: str,
-        split: str,
-        splits: SplitSettings,
+        split: SplitOfCorpus,
         chunks: tuple[Path, str],
         neighbors: tuple[Path, str],
         database: Sequence[Path],
         tokenizer: Path,
         covers_training: bool,
     ) -> None:
-        self.corpus, self.split, self.splits = corpus, split, splits
+        self.split = split
         self.chunks, self.neighbors = chunks, neighbors
         self.database = tuple(database)
         self.tokenizer = tokenizer
         self.covers_training = covers_training
 
     def key_fields(self) -> dict[str, Any]:
-        splits = artifact.key_fields(self.splits) if self.split == "hash" else None
-        fields = {"split": self.split, "splits": splits, "covers_training": self.covers_training}
-        return {"name": self.corpus, "nearest": NEAREST, **fields}
+        fields = self.split.key_fields()
+        return {**fields, "nearest": NEAREST, "covers_training": self.covers_training}
 
     def parents(self) -> dict[str, str]:
-        return {"chunks": self.chunks[1], "neighbors": self.neighbors[1]}
+        own = {"chunks": self.chunks[1], "neighbors": self.neighbors[1]}
+        return {**own, **self.split.parents()}
 
     def blocks(self) -> list[Block]:
         rows = len(ChunkStore(self.chunks[0]))
@@ -172,7 +168,7 @@ class LeakageStage:
 
     def open(self, device: str) -> AbstractContextManager[LeakageContext]:
         queries = ChunkStore(self.chunks[0])
-        split = split_of_documents(queries.documents.keys, self.split, self.splits)
+        split = self.split.of(queries.documents)
         database = DatabaseStores.of(self.database)
         return contextlib.nullcontext(
             LeakageContext(
@@ -214,7 +210,7 @@ class LeakageStage:
             log.warning(
                 "leakage %s: training documents outside the database are not looked at, so that r "
                 "covers what can be retrieved alone",
-                self.corpus,
+                self.split.name,
             )
         kinds = (store.LEAKAGE_ROWS, store.LEAKAGE_TOKENS, store.LEAKAGE_OWN, store.LEAKAGE_SEEN)
         counts, rows = total_counts(receipts), sum(r.rows for r in receipts)

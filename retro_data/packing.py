@@ -19,7 +19,7 @@ import numpy as np
 from retro_data import artifact, store
 from retro_data.artifact import keyed
 from retro_data.sequences import pack, whole_chunks
-from retro_data.splits import SPLITS, SplitSettings, split_hash, split_of_documents
+from retro_data.splits import SPLITS, SplitOfCorpus, split_hash
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, lay_parts, total_counts
 from retro_data.store import ChunkStore
 
@@ -46,9 +46,7 @@ class PackingStage:
 
     Args:
         settings: how.
-        corpus: its name.
-        split: of the corpus: "hash" or "train".
-        splits: which documents are training documents.
+        split: the corpus, and which of its documents are training documents.
         chunks: folder and key of the chunk store.
     """
 
@@ -61,22 +59,17 @@ class PackingStage:
     def __init__(
         self,
         settings: PackingSettings,
-        corpus: str,
-        split: str,
-        splits: SplitSettings,
+        split: SplitOfCorpus,
         chunks: tuple[Path, str],
     ) -> None:
-        self.settings, self.corpus = settings, corpus
-        self.split, self.splits = split, splits
+        self.settings, self.split = settings, split
         self.chunks = chunks
 
     def key_fields(self) -> dict[str, Any]:
-        splits = artifact.key_fields(self.splits) if self.split == "hash" else None
-        fields = artifact.key_fields(self.settings)
-        return {"name": self.corpus, **fields, "split": self.split, "splits": splits}
+        return {**self.split.key_fields(), **artifact.key_fields(self.settings)}
 
     def parents(self) -> dict[str, str]:
-        return {"chunks": self.chunks[1]}
+        return {"chunks": self.chunks[1], **self.split.parents()}
 
     def blocks(self) -> list[Block]:
         """Documents in corpus order, as many as hold BLOCK_CHUNKS."""
@@ -91,7 +84,8 @@ class PackingStage:
     def make(self, context: ChunkStore, block: Block, out: BlockWriter) -> None:
         documents = context.documents
         keys = documents.keys[block.start : block.stop]
-        train = split_of_documents(keys, self.split, self.splits) == SPLITS.index("train")
+        codes = self.split.of(documents, slice(block.start, block.stop))
+        train = codes == SPLITS.index("train")
         first = documents.first_chunk[block.start : block.stop + 1]
         count = np.diff(first)
         chosen = np.flatnonzero(train & (count > 0))

@@ -1,6 +1,7 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► leakage (─► packing)
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► leakage
+       └─► shingles ─► duplicates ────────────────┘                              └─► packing
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
@@ -30,12 +31,14 @@ from retro_data.engines import EngineSettings, LocalEngine, open_engine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexSettings, IndexStage
 from retro_data.leakage import LeakageStage
+from retro_data.near_duplicates import DuplicateStage, SplitCorpus
 from retro_data.neighbors import NeighborSettings, NeighborStage
 from retro_data.packing import PackingSettings, PackingStage
 from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
 from retro_data.sequences import whole_chunks
-from retro_data.splits import EVALUATION, TRAINING, SplitSettings, split_of_documents
+from retro_data.shingles import NearDuplicateSettings, ShingleStage, minhash_version
+from retro_data.splits import EVALUATION, TRAINING, SplitOfCorpus, SplitSettings
 from retro_data.stage import Engine, Stage, complete, stage_key
 from retro_data.store import (
     ChunkStore,
@@ -67,6 +70,7 @@ class Settings:
     database: DatabaseSettings
     index: IndexSettings
     neighbors: NeighborSettings
+    near_duplicates: NearDuplicateSettings | None  # None: none are looked for
     packing: PackingSettings | None  # None: no sequences are packed
     engine: EngineSettings
 
@@ -84,6 +88,7 @@ class Settings:
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
+        near_duplicates: Mapping[str, Any] | None = None,
         packing: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | str | None = None,
     ) -> Settings:
@@ -93,6 +98,7 @@ class Settings:
             root: folder of all artifacts.
             corpus: one corpus, or several; each with at least `name` and `path`.
             chunk_size: tokens of a chunk.
+            near_duplicates: None where no near-duplicates are to be looked for; {} for the defaults.
             packing: None where no sequences are to be packed.
 
         Raises:
@@ -111,6 +117,9 @@ class Settings:
             database=_group(DatabaseSettings, "database", database),
             index=_group(IndexSettings, "index", index),
             neighbors=_group(NeighborSettings, "neighbors", neighbors),
+            near_duplicates=None
+            if near_duplicates is None
+            else _group(NearDuplicateSettings, "near_duplicates", near_duplicates),
             packing=None if packing is None else _group(PackingSettings, "packing", packing),
             engine=_group(EngineSettings, "engine", EngineSettings.named(engine)),
         )
@@ -234,6 +243,8 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
         read_all: digest every file of the corpora anew, whatever their size and time say.
     """
     root, names = settings.root, [corpus.name for corpus in settings.corpora]
+    if settings.near_duplicates is not None:
+        minhash_version()  # a missing library is to be named before hours of work, not after
 
     def step(stage: Stage, corpus: str | None = None) -> Step:
         key = stage_key(stage)
@@ -264,8 +275,20 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
     }
     yield from embeddings.values()
     chosen = [n for n in names if n in (settings.database.corpora or names)]
+    duplicates = None
+    if settings.near_duplicates is not None:
+        told_apart = []
+        for n in names:
+            shingles = step(
+                ShingleStage(settings.near_duplicates, readers[n].settings, scans[n].place), n
+            )
+            yield shingles
+            told_apart.append(SplitCorpus(n, splits[n], chunks[n].place, shingles.place))
+        found = step(DuplicateStage(settings.near_duplicates, settings.splits, told_apart))
+        yield found
+        duplicates = found.place
     stores = [StoreOfDatabase(n, splits[n], *chunks[n].place) for n in chosen]
-    database = step(DatabaseStage(settings.database, settings.splits, stores))
+    database = step(DatabaseStage(settings.database, settings.splits, stores, duplicates))
     yield database
     place = DatabasePlace(
         *database.place,
@@ -297,25 +320,21 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 name,
             )
             yield neighbors[name]
+    told = {n: SplitOfCorpus(n, splits[n], settings.splits, duplicates) for n in names}
     for name in names:
         if settings.evaluates(splits[name]):
-            stage: Stage = LeakageStage(
-                name,
-                splits[name],
-                settings.splits,
+            leakage = LeakageStage(
+                told[name],
                 chunks[name].place,
                 neighbors[name].place,
                 place.chunks,
                 tokenizer.folder,
                 settings.retrieves_training(),
             )
-            yield step(stage, name)
+            yield step(leakage, name)
     for name in names:
         if settings.packing is not None and splits[name] in TRAINING:
-            stage = PackingStage(
-                settings.packing, name, splits[name], settings.splits, chunks[name].place
-            )
-            yield step(stage, name)
+            yield step(PackingStage(settings.packing, told[name], chunks[name].place), name)
 
 
 # ---- preparing -----------------------------------------------------------------------------------
@@ -401,7 +420,7 @@ class PreparedCorpus:
 
     Attributes:
         chunks: its chunk store.
-        split_of_document: (D,) uint8, index into SPLITS.
+        split_of_document: (D,) uint8, index into SPLITS, or LEFT_OUT_CODE.
         neighbors: None for a corpus that is only ever retrieved.
         key: of all its data.
         sequences: packed training sequences, None where none were packed.
@@ -437,13 +456,17 @@ def open_prepared(settings: Settings) -> Prepared:
     def folder(stage: str, corpus: str = "") -> Path:
         return store.folder_of(settings.root, stage, note[stage][corpus], corpus or None)
 
+    duplicates = None
+    if settings.near_duplicates is not None:
+        duplicates = folder("duplicates"), note["duplicates"][""]
     corpora = []
     for corpus in settings.corpora:
         name = corpus.name
         chunks = ChunkStore(folder("chunks", name))
         listed = name in note["neighbors"]
         neighbors = NeighborLists(folder("neighbors", name)) if listed else None
-        split = split_of_documents(chunks.documents.keys, corpus.split, settings.splits)
+        told = SplitOfCorpus(name, corpus.split, settings.splits, duplicates)
+        split = told.of(chunks.documents)
         identity = [chunks.key, note["neighbors"].get(name), corpus.split]
         sequences = None
         if settings.packing is not None and name in note["packing"]:

@@ -40,6 +40,7 @@ from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
 from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
+from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
 from retro_data.splits import SPLITS, TRAINING, split_of_documents
 from retro_data.stage import Engine, complete
 from retro_data.store import ChunkStore
@@ -49,6 +50,7 @@ READ_SECONDS = 5.0  # of reading a corpus to take it from
 SAMPLE_FILES = 64  # most files of a corpus that it is taken from
 MEASURE_SECONDS = 6.0  # of embedding, after what it takes to start
 MEASURE_CHUNKS = 256  # of one block of embeddings while measuring
+DUPLICATE_BYTES_A_DOCUMENT = 200  # beside its signature, that telling near-duplicates apart takes
 SEARCH_ROWS = {"cpu": (1024, 16_384), "cuda": (16_384, 262_144)}  # queries and rows
 KMEANS_ROUNDS = 10  # of faiss
 LEAKAGE_BYTES_A_TOKEN = 40  # of a chunk, for each of its neighbors in one batch
@@ -264,6 +266,7 @@ class _Measured:
         sizes: title -> bytes of its artifact.
         memory: stage -> most bytes that one worker, or this process, has held.
         chunk_seconds: title -> worker seconds of embedding one chunk.
+        words, shingle_seconds: corpus -> shingles of the sample, and worker seconds to make them.
         rows, tokens: corpus -> chunks and tokens of the sample.
         admitted: share of the chunks that may be neighbors.
         dim: of a vector.
@@ -276,6 +279,10 @@ class _Measured:
         self.chunk_seconds: dict[str, float] = {}
         self.rows: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
+        self.words: dict[str, int] = {}
+        self.shingle_seconds: dict[str, float] = {}
+        for corpus in sample.corpora if sample.near_duplicates is not None else ():
+            self._shingle(corpus, sample.near_duplicates)
         admitted = 0
         for step in steps(sample):
             if step.stage.name not in ("corpus", "tokenizer", "chunks", "embeddings"):
@@ -294,6 +301,16 @@ class _Measured:
         self.admitted = admitted / max(1, sum(self.rows.values()))
         self.sizes = {title: _size(step.folder) for title, step in self.steps.items()}
         self.dim = embedder_dim(embedder_folder(sample.embedder))
+
+    def _shingle(self, corpus: CorpusSettings, settings: NearDuplicateSettings | None) -> None:
+        assert settings is not None
+        reader, shingler = open_reader(corpus), Shingler(settings.ngram)
+        texts = [d.text for file in reader.files() for d in _documents(reader, file)]
+        began = time.monotonic()
+        hashes, sizes = shingler(texts)
+        signatures(hashes, sizes, settings.num_perm)
+        self.words[corpus.name] = len(hashes)
+        self.shingle_seconds[corpus.name] = time.monotonic() - began
 
 
 def _admitted(settings: Settings, corpus: str, chunks: ChunkStore) -> int:
@@ -375,6 +392,9 @@ class _Reckoning:
 
     def plan(self) -> Plan:
         stages = [self._of_title(title) for title in self.measured.steps if self._known(title)]
+        if self.settings.near_duplicates is not None:
+            stages += [self._shingles(name, self.settings.near_duplicates) for name in self.shares]
+            stages.append(self._duplicates(self.settings.near_duplicates))
         stages.append(self._database())
         index_bytes = 0
         if self.search == "index":
@@ -452,6 +472,25 @@ class _Reckoning:
         seconds = self.measured.chunk_seconds[title] * rows / workers
         memory = workers * (self.measured.memory["embeddings"] + 2 * 65_536 * dim)
         return StagePlan(title, rows, size, size, memory, seconds, "measured")
+
+    def _shingles(self, name: str, settings: NearDuplicateSettings) -> StagePlan:
+        documents, words = self.documents[name], int(self.measured.words[name] * self._scale(name))
+        size = 8 * words + (8 + 16 + 4 * settings.num_perm) * documents
+        blocks = self.measured.steps[f"chunks {name}"].stage.blocks()
+        workers = max(1, min(available_cores(), int(len(blocks) * self._scale(name))))
+        workers = min(workers, self.settings.engine.workers or workers)
+        memory = workers * (self.measured.memory["chunks"] + 2**27)
+        seconds = self.measured.shingle_seconds[name] * self._scale(name) / workers
+        return StagePlan(f"shingles {name}", documents, size, 2 * size, memory, seconds, "measured")
+
+    def _duplicates(self, settings: NearDuplicateSettings) -> StagePlan:
+        documents = sum(self.documents.values())
+        memory = self.measured.memory["chunks"]
+        memory += (DUPLICATE_BYTES_A_DOCUMENT + 4 * settings.num_perm) * documents
+        return StagePlan("duplicates", documents, documents, documents, memory, 0.0, "small")
+
+    def _scale(self, name: str) -> float:
+        return self.shares[name].scale
 
     def _database(self) -> StagePlan:
         documents = sum(self.documents.values())

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro_data.artifact import keyed
+from retro_data import store
+from retro_data.artifact import key_fields, keyed
 from retro_data.errors import RetroDataError
 
 Array = np.ndarray[Any, Any]
@@ -94,3 +96,33 @@ def split_at(place: Array, settings: SplitSettings) -> Array:
     codes[place >= train] = SPLITS.index("val")
     codes[place >= train + settings.val] = SPLITS.index("test")
     return codes
+
+
+@dataclass(frozen=True)
+class SplitOfCorpus:
+    """How the documents of one corpus are told apart. Picklable.
+
+    Attributes:
+        name: of the corpus.
+        split: of the corpus: "hash", or one of SPLITS for all documents.
+        settings: of "hash".
+        duplicates: folder and key of the stage that told near-duplicates apart; None: nothing did.
+    """
+
+    name: str
+    split: str
+    settings: SplitSettings
+    duplicates: tuple[Path, str] | None = None
+
+    def of(self, documents: store.Documents, rows: slice = slice(None)) -> Array:
+        """uint8 index into SPLITS of each document, or LEFT_OUT_CODE; of all, or those at `rows`."""
+        if self.duplicates is not None:
+            return store.cleaned_splits(self.duplicates[0], self.name)[rows]
+        return split_of_documents(documents.keys[rows], self.split, self.settings)
+
+    def key_fields(self) -> dict[str, Any]:
+        splits = key_fields(self.settings) if self.split == "hash" else None
+        return {"name": self.name, "split": self.split, "splits": splits}
+
+    def parents(self) -> dict[str, str]:
+        return {"duplicates": self.duplicates[1]} if self.duplicates is not None else {}

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import sys
 import unicodedata
+from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import Made
 
-from retro_data import near_duplicates
+from retro_data import near_duplicates, pipeline, store
+from retro_data.engines import InlineEngine
+from retro_data.errors import RetroDataError
 from retro_data.near_duplicates import (
     Sets,
     bands,
@@ -22,11 +30,14 @@ from retro_data.near_duplicates import (
     pairs_of_band,
     rows_of_a_band,
 )
+from retro_data.pipeline import Settings
 from retro_data.scan import keys_array
 from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
-from retro_data.store import ShingleSets
+from retro_data.splits import LEFT_OUT_CODE, SPLITS, split_hash
+from retro_data.store import PackedSequences, ShingleSets
 
 Array = np.ndarray[Any, Any]
+Small = Callable[..., dict[str, Any]]
 
 WORDS = [f"w{i}" for i in range(400)]
 NGRAM = 5
@@ -207,3 +218,144 @@ def test_matches_are_those_of_all_pairs(seed: int, containment: float | None, pi
         assert match.value == pytest.approx(values[match.document, match.evaluation])
         assert evaluated[match.evaluation]
         assert (match.measure == "jaccard") == bool(like[match.document])
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def changed(text: str, seed: int) -> str:
+    """The text with one of its words replaced: with 13-grams a Jaccard of over 0.9 in 300 words."""
+    words = text.split()
+    words[random.Random(seed).randrange(len(words))] = "changed"
+    return " ".join(words)
+
+
+@pytest.fixture
+def several(tmp_path: Path, small: Small) -> dict[str, Any]:
+    """A corpus split by hash, one for training, one for validation; documents of each in others."""
+    long = [" ".join(random.Random(i).choices(WORDS, k=300)) for i in range(30)]
+    hashed = [
+        {"id": f"{i} {copy}", "text": changed(long[i], ord(copy))}
+        for i in range(20)
+        for copy in "ab"
+    ]
+    held = [{"id": f"held {i}", "text": long[20 + i]} for i in range(6)]
+    held.append({"id": "short", "text": "a  Short text"})
+    train = [{"id": f"of held {i}", "text": changed(long[20 + i], 1).upper()} for i in range(3)]
+    train += [
+        {"id": f"holds {i}", "text": f"{long[23 + i]} {long[27]} {long[28]}"} for i in range(2)
+    ]
+    train += [{"id": "short", "text": "A SHORT\ttext"}, {"id": "shorter", "text": "a short"}]
+    train += [{"id": f"own {d['id']}", "text": d["text"]} for d in make_documents(10)]
+    contents = {"hashed": (hashed, "hash"), "train": (train, "train"), "held": (held, "val")}
+    corpora = [
+        {"name": n, "path": str(write_jsonl(tmp_path / f"{n}.jsonl", documents)), "split": split}
+        for n, (documents, split) in contents.items()
+    ]
+    return small(
+        corpus=corpora,
+        splits={"val": 0.25, "test": 0.2},
+        near_duplicates={"containment": 0.8},
+        packing={"seq_len": 64},
+    )
+
+
+def test_what_is_like_evaluation_is_neither_trained_on_nor_retrieved(
+    several: dict[str, Any],
+) -> None:
+    made = Made(several)
+    names = [corpus.name for corpus in made.settings.corpora]
+    duplicates = made.folder("duplicates")
+    documents = {n: made.chunks(n).documents for n in names}
+    ids = {n: [documents[n].id(d) for d in range(len(documents[n]))] for n in names}
+    codes = {n: store.cleaned_splits(duplicates, n) for n in names}
+    # Copies of one text fall together, where the lowest of them falls by itself.
+    place = split_hash(made.chunks("hashed").documents.keys, made.settings.splits.salt)
+    of = codes["hashed"].reshape(20, 2)
+    assert (of == of[:, :1]).all()
+    lowest = place.reshape(20, 2).min(1)
+    assert [SPLITS[c] for c in of[:, 0]] == [
+        "train" if p < 0.55 else "val" if p < 0.8 else "test" for p in lowest
+    ]
+    assert len(set(of[:, 0].tolist())) > 1
+    assert not {"hashed"} & {row["corpus"] for row in report(duplicates)}
+    left = [
+        i for i, code in zip(ids["train"], codes["train"], strict=True) if code == LEFT_OUT_CODE
+    ]
+    assert left == [*(f"of held {i}" for i in range(3)), *(f"holds {i}" for i in range(2)), "short"]
+    rows = {row["id"]: row for row in report(duplicates)}
+    assert list(rows) == left
+    for i in range(3):
+        assert rows[f"of held {i}"]["evaluation_id"] == f"held {i}"
+        assert 0.8 < rows[f"of held {i}"]["jaccard"] < 1
+    assert rows["holds 1"]["containment"] == 1
+    assert rows["short"]["jaccard"] == 1
+    assert (codes["held"] == SPLITS.index("val")).all()
+    # Every reader of splits follows.
+    for i, name in enumerate(names):
+        admitted = np.load(made.folder("database") / store.admitted_name(i))
+        assert admitted.tolist() == (codes[name] == 0).tolist()
+    packed = PackedSequences(made.folder("packing train")).rows
+    trained = np.unique(made.chunks("train").document_of_chunk[packed[packed >= 0]])
+    assert trained.tolist() == np.flatnonzero(codes["train"] == 0).tolist()
+    evaluated = store.LeakageTable(made.folder("leakage held"))
+    assert len(evaluated.rows) == len(made.chunks("held"))
+    pipeline.prepare(made.settings, InlineEngine())
+    for corpus in pipeline.open_prepared(made.settings).corpora:
+        assert corpus.split_of_document.tolist() == codes[corpus.chunks.name].tolist()
+    figures = made.figures("duplicates")
+    assert figures["left_out"] == len(left)
+    assert figures["clusters"] == 20
+
+
+def report(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / store.LEFT_OUT).read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"jaccard": 0.9, "containment": 0.8}, {"duplicates"}),
+        ({}, {"duplicates"}),
+        ({"containment": 0.8, "ngram": 5}, {"shingles", "duplicates"}),
+    ],
+)
+def test_a_threshold_reads_tokenizes_and_embeds_nothing_again(
+    several: dict[str, Any], change: dict[str, Any], expected: set[str]
+) -> None:
+    several["neighbors"] = {"search": "exact", "num_stored": 4}
+
+    def keys(given: dict[str, Any]) -> dict[str, str]:
+        steps = pipeline.steps(Settings.create(**{**several, "near_duplicates": given}))
+        return {step.title: step.key for step in steps}
+
+    before, after = keys({"containment": 0.8}), keys(change)
+    made_again = {title.split()[0] for title in before if before[title] != after[title]}
+    assert made_again == expected | {"database", "neighbors", "leakage", "packing"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"jaccard": 0}, r"jaccard=0: expected a share"),
+        ({"containment": 1.5}, r"containment=1.5"),
+        ({"ngram": 0}, r"ngram=0"),
+        ({"threshold": 0.8}, r"near_duplicates\.threshold.*jaccard"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    given: dict[str, Any], named: str, small: Small
+) -> None:
+    with pytest.raises(RetroDataError, match=named):
+        Settings.create(**small(near_duplicates=given))
+
+
+def test_a_missing_library_is_named_before_anything_is_tokenized(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    settings = Settings.create(**small(near_duplicates={}))
+    with pytest.raises(RetroDataError, match=r"retro_data\[dedup\].*near_duplicates=null"):
+        pipeline.prepare(settings, InlineEngine())
+    assert not (settings.root / "chunks").exists()

@@ -21,6 +21,7 @@ from retro_data.index import IndexSettings
 from retro_data.neighbors import NeighborSettings
 from retro_data.packing import PackingSettings
 from retro_data.pipeline import Settings
+from retro_data.shingles import NearDuplicateSettings
 from retro_data.splits import SplitSettings
 from retro_data.tokenizer import TokenizerSettings
 
@@ -45,6 +46,7 @@ FIELDS: dict[type, tuple[str, str]] = {
         "max_query_ms threads",
     ),
     NeighborSettings: ("search exact_rows metric num_stored", "block_rows memory"),
+    NearDuplicateSettings: ("jaccard containment ngram num_perm", ""),
     PackingSettings: ("seq_len", ""),
     EngineSettings: ("", "kind devices workers address gpus cpus memory tries"),
 }
@@ -83,6 +85,8 @@ STAGE_FIELDS = {
     "tokenizer": "vocab_size sample_bytes salt",
     "chunks": "name chunk_size bos tokenizer_backend",
     "embeddings": "name pooling normalize precision max_embed_tokens files",
+    "shingles": "name ngram num_perm minhash_version",
+    "duplicates": "corpora splits jaccard containment",
     "database": "stores splits admitted",
     "index": "metric " + FIELDS[IndexSettings][0],
     "neighbors": "name search metric num_stored",
@@ -94,11 +98,13 @@ STAGE_PARENTS = {
     "tokenizer": {"corpus small"},
     "chunks": {"corpus", "tokenizer"},
     "embeddings": {"chunks"},
-    "database": {"chunks small"},
+    "shingles": {"corpus"},
+    "duplicates": {"chunks small", "shingles small"},
+    "database": {"chunks small", "duplicates"},
     "index": {"database", "embeddings 0"},
     "neighbors": {"database", "embeddings", "embeddings 0", "index"},
-    "leakage": {"chunks", "neighbors"},
-    "packing": {"chunks"},
+    "leakage": {"chunks", "neighbors", "duplicates"},
+    "packing": {"chunks", "duplicates"},
 }
 
 
@@ -107,6 +113,7 @@ def arguments(small: Any) -> dict[str, Any]:
     return small(
         neighbors={"search": "index", "num_stored": 8},
         index={"factory": "Flat"},
+        near_duplicates={},
         packing={"seq_len": 64},
     )
 
@@ -117,6 +124,14 @@ def test_the_key_of_each_stage_is_made_of_these_fields(arguments: dict[str, Any]
         name: set(fields.split()) for name, fields in STAGE_FIELDS.items()
     }
     assert {s.name: set(s.parents()) for s in stages} == STAGE_PARENTS
+
+
+def test_without_near_duplicates_no_key_knows_of_them(arguments: dict[str, Any]):
+    stages = [
+        s.stage for s in pipeline.steps(Settings.create(**arguments | {"near_duplicates": None}))
+    ]
+    assert not {"shingles", "duplicates"} & {s.name for s in stages}
+    assert not any("duplicates" in s.parents() for s in stages)
 
 
 def test_each_parent_is_the_key_of_an_earlier_stage(arguments: dict[str, Any]):

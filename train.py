@@ -8,7 +8,8 @@ overridden, e.g. `python train.py data/corpus=jsonl data.corpus.path=wiki.jsonl`
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import hydra
@@ -17,7 +18,7 @@ from hydra.types import RunMode
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from retro_data import RetroDataError, RetroLM, show_sequence
+from retro_data import RetroDataError, RetroLM, draw_curve, format_curve, show_sequence
 
 log = logging.getLogger("train")
 
@@ -45,6 +46,7 @@ def main(config: DictConfig) -> None:
         figures = trainer.validate(model, datamodule, verbose=False)[0]
         if trainer.is_global_zero:
             report(figures)
+            report_leakage(model.leakage_curves, Path(trainer.default_root_dir))
     if trainer.is_global_zero:
         log.info("\n%s", show_sequence(datamodule, split))
 
@@ -60,6 +62,15 @@ def report(figures: Mapping[str, float]) -> None:
             on, off = figures[f"val/{name}"], figures[f"val/{name}_off"]
             log.info("val %-22s neighbors on %.4f   off %.4f", name, on, off)
     log.info("(one seed and a short training: too little to judge whether neighbors help)")
+
+
+def report_leakage(curves: Mapping[str, Sequence[dict[str, float]]], folder: Path) -> None:
+    """The same over the chunks of which at most so much was retrieved, with a plot of each."""
+    for measure, rows in curves.items():
+        log.info("\n%s", format_curve(rows, measure))
+        plot = folder / f"bits_by_{measure}.svg"
+        plot.write_text(draw_curve(rows, measure), "utf-8")
+        log.info("drawn in %s", plot)
 
 
 if __name__ == "__main__":

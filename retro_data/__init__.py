@@ -27,6 +27,8 @@ _PUBLIC = {
     "RetroLM": "retro_data.retro_lm",
     "Settings": "retro_data.pipeline",
     "check": "retro_data.pipeline",
+    "draw_curve": "retro_data.leakage_curve",
+    "format_curve": "retro_data.leakage_curve",
     "open_prepared": "retro_data.pipeline",
     "prepare": "retro_data.pipeline",
     "show_sequence": "retro_data.browse",

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from retro_data import pipeline
 from retro_data.dataset import RetroDataset, collate
 from retro_data.errors import RetroDataError
+from retro_data.leakage_curve import EvaluationLeakage
 from retro_data.order import Mixture, check_shares
 from retro_data.pipeline import Prepared, Settings
 from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
@@ -250,6 +251,10 @@ class RetroDataModule(_LightningDataModule):
                 prefetch=self.prefetch,
             )
         return self._datasets[split]
+
+    def leakage(self) -> EvaluationLeakage | None:
+        """How much of each evaluation chunk was retrieved; None where that was not measured."""
+        return EvaluationLeakage.of(self.prepared.corpora, self.num_neighbors)
 
     def _eval_stride(self) -> int:
         half = self.seq_len // self.chunk_size // 2 * self.chunk_size

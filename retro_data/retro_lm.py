@@ -24,6 +24,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from retro_data.errors import RetroDataError
+from retro_data.leakage import ALPHAS
+from retro_data.leakage_curve import (
+    MEASURES,
+    EvaluationLeakage,
+    chunks_of_labels,
+    curve,
+    sums_of_bins,
+)
 
 IGNORED_LABEL = -100
 
@@ -59,17 +67,17 @@ def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
     return nats.view_as(labels)
 
 
-def score_sums(
+def score_terms(
     nats: Tensor, labels: Tensor, served: Tensor, bytes_per_token: Tensor, eos_id: int | None
 ) -> Tensor:
-    """The sums all figures of an evaluation follow from; they add up over batches and ranks.
+    """What each position adds to the sums that all figures of an evaluation follow from.
 
     Args:
         nats, labels, served: (B, n) float, int64 (-100: no label), bool (neighbors can be seen).
         bytes_per_token: (vocab_size,) int64, bytes of text.
         eos_id: the label of a document's end, which is no text; None if there is none.
     Returns:
-        (2, 2, 3) float64: (all, served) x (text, eos) x (nats, labels, bytes).
+        (2, 2, 3, B, n) float64: (all, served) x (text, eos) x (nats, labels, bytes).
     """
     scored = labels != IGNORED_LABEL
     is_eos = labels == eos_id if eos_id is not None else torch.zeros_like(scored)
@@ -77,7 +85,14 @@ def score_sums(
     chosen = torch.stack([kinds, kinds & served])[:, :, None]
     num_bytes = bytes_per_token[labels.clamp(min=0)]
     quantities = torch.stack([nats.double(), scored.double(), num_bytes.double()])
-    return torch.where(chosen, quantities, 0.0).sum((-2, -1))
+    return torch.where(chosen, quantities, 0.0)
+
+
+def score_sums(
+    nats: Tensor, labels: Tensor, served: Tensor, bytes_per_token: Tensor, eos_id: int | None
+) -> Tensor:
+    """The (2, 2, 3) sums of `score_terms`; they add up over batches and ranks."""
+    return score_terms(nats, labels, served, bytes_per_token, eos_id).sum((-2, -1))
 
 
 def score_figures(sums: Tensor) -> dict[str, float]:
@@ -178,7 +193,9 @@ class RetroLM(LightningModule):
 
     Token embeddings are shared by decoder, neighbor encoder and output head. Logged are
     `train/loss` and, over the whole split and all ranks, `val/` and `test/` with the names of
-    `score_figures`; the suffix `_off` is for the same batches with neighbors off.
+    `score_figures`; the suffix `_off` is for the same batches with neighbors off. After an
+    evaluation of data whose leakage was measured, `leakage_curves` holds these figures over the
+    chunks that leak at most so much (`retro_data.leakage_curve`).
 
     Args:
         vocab_size, pad_id, eos_id, bos_id: the DataModule's; bos_id is kept for generation.
@@ -261,6 +278,10 @@ class RetroLM(LightningModule):
                 for i in range(encoder_layers)
             )
         self._sums: dict[str, Tensor] = {}
+        self._leakage: EvaluationLeakage | None = None
+        self._leakage_sums: dict[str, Tensor] = {}
+        # By measure of leakage ("r", "r_seen"), of the evaluation that ended last.
+        self.leakage_curves: dict[str, list[dict[str, float]]] = {}
 
     @classmethod
     def from_datamodule(cls, datamodule: Any, **settings: Any) -> RetroLM:
@@ -362,15 +383,27 @@ class RetroLM(LightningModule):
         """Empties the sums: one for each way of evaluating, by the suffix of its names."""
         ways = ["", "_off"] if self.retrieval and self.evaluate_without_retrieval else [""]
         self._sums = {way: torch.zeros(2, 2, 3, device=self.device).double() for way in ways}
+        measured = getattr(getattr(self.trainer, "datamodule", None), "leakage", None)
+        self._leakage = found.to(self.device) if measured and (found := measured()) else None
+        shape = (len(MEASURES), len(ALPHAS), 2, 2, 3)
+        self._leakage_sums = {w: torch.zeros(shape, device=self.device).double() for w in ways}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the batch to the sums."""
         labels = batch["labels"]
+        bins = None
+        if self._leakage is not None:
+            ids, lengths = batch["chunk_ids"], batch["chunk_lengths"]
+            bins = self._leakage.of_chunks(chunks_of_labels(ids, lengths, labels, self.eos_id))
         slots = neighbor_slots(batch["chunk_lengths"], batch["document_ids"], self.chunk_size)
         served = slots < labels.shape[1]
         for suffix, sums in self._sums.items():
             nats = token_nats(self(batch, False if suffix else None), labels)
-            sums += score_sums(nats, labels, served, self.bytes_per_token, self.eos_id)
+            terms = score_terms(nats, labels, served, self.bytes_per_token, self.eos_id)
+            sums += terms.sum((-2, -1))
+            if bins is not None:
+                for of_measure, one in zip(self._leakage_sums[suffix], bins, strict=True):
+                    of_measure += sums_of_bins(terms, one)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the figures of all ranks together."""
@@ -379,6 +412,19 @@ class RetroLM(LightningModule):
             total = self.trainer.strategy.reduce(sums, reduce_op="sum")
             for name, value in score_figures(total).items():
                 self.log(f"{split}/{name}{suffix}", value, prog_bar=name == "loss", sync_dist=True)
+
+        if self._leakage is not None:
+            self._draw_leakage_curves()
+
+    def _draw_leakage_curves(self) -> None:
+        reduce = self.trainer.strategy.reduce
+        totals = {w: reduce(sums, reduce_op="sum") for w, sums in self._leakage_sums.items()}
+        self.leakage_curves = {}
+        for i, measure in enumerate(MEASURES):
+            at_most = {way: total[i].cumsum(0) for way, total in totals.items()}
+            figures = {way: [score_figures(s) for s in sums] for way, sums in at_most.items()}
+            labels = at_most[""][:, 0, 0, 1].tolist()
+            self.leakage_curves[measure] = curve(figures, labels)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

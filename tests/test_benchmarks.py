@@ -12,7 +12,7 @@ import pytest
 from conftest import make_documents, write_jsonl
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-STAGES = ["corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors"]
+STAGES = ["corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors", "leakage"]
 
 
 @pytest.mark.slow
@@ -55,6 +55,26 @@ def test_the_loader_is_measured_warm_and_cold(option: str) -> None:
     assert ("DataLoader, 2 workers" in run.stdout) == (option != "--cold")
     assert ("classic, no workers" in run.stdout) == (option == "--mode=document")
     assert ("prefetch" in run.stdout) == (option == "--cold")
+
+
+@pytest.mark.slow
+def test_near_duplicates_and_leakage_are_held_against_slower_ways(tmp_path: Path) -> None:
+    documents = make_documents(40)
+    documents += [{"id": f"{d['id']} again", "text": f"Once {d['text']}"} for d in documents[:20]]
+    corpus = write_jsonl(tmp_path / "small.jsonl", documents)
+    outputs = []
+    for script, options in (
+        ("near_duplicates.py", [corpus]),
+        ("leakage.py", ["--chunks", "20", "--beside", "2"]),
+    ):
+        command = [sys.executable, BENCHMARKS / script, *options]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout)
+    assert "60 documents" in outputs[0]
+    assert "in different clusters: 0" in outputs[0]
+    assert "missed 0, wrongly 0" in outputs[0]
+    assert "difflib" in outputs[1]
 
 
 def test_pipeline_growth_is_a_row_and_a_unit_of_work(capsys: pytest.CaptureFixture[str]) -> None:

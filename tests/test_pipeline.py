@@ -383,6 +383,7 @@ KILLS = [
     ("index", -1, 2),
     ("neighbors", 1, 4),
     ("neighbors", -1, 3),
+    ("leakage", -1, 3),
 ]
 
 

@@ -5,6 +5,8 @@
       tokenizer/<key>/          tokenizer.json · token_bytes.npy · manifest.json
       chunks/<name>-<key>/      tokens.npy · lengths.npy · document_of_chunk.npy · documents_*.npy
       embeddings/<name>-<key>/  00000.npy … · manifest.json
+      shingles/<name>-<key>/    shingles.npy · shingle_counts.npy · … · manifest.json
+      duplicates/<key>/         splits_<corpus>.npy · left_out.jsonl · manifest.json
       database/<key>/           admitted_<store>.npy · manifest.json
       index/<key>/              00000.index · manifest.json
       neighbors/<name>-<key>/   ids.npy · distances.npy · manifest.json
@@ -31,8 +33,8 @@ from retro_data.errors import RetroDataError
 Array = np.ndarray[Any, Any]
 
 STAGES = (
-    *("corpus", "tokenizer", "chunks", "embeddings", "database", "index", "neighbors"),
-    *("leakage", "packing", "shingles", "duplicates"),
+    *("corpus", "tokenizer", "chunks", "embeddings", "shingles", "duplicates"),
+    *("database", "index", "neighbors", "leakage", "packing"),
 )
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 

@@ -55,7 +55,6 @@ _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
 _SUM_WIDTH = 256  # columns whose terms are summed side by side
 _TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
-_LEAST_QUERIES = 1024  # that a further GPU is given
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
 
@@ -200,7 +199,9 @@ class Search:
             queries = Vectors([queries])
         excluded = _check(queries, self.database, k, self.metric, excluded, self.admitted)
         if self.gpus and queries.dtype == np.float16:
-            return self._on_gpus(queries.rows(0, queries.shape[0]), k, excluded)
+            from retro_data.exact_triton import search_together
+
+            return search_together(self.gpus, queries.rows(0, queries.shape[0]), k, excluded)
         return self._on_cpu(queries, k, excluded)
 
     @property
@@ -223,20 +224,6 @@ class Search:
         Raises RetroDataError for ranges that are not those of documents.
         """
         return SelfSearch(self, k, excluded, start, stop)
-
-    def _on_gpus(self, queries: np.ndarray, k: int, excluded: np.ndarray) -> Neighbors:
-        """A part of the queries on each device; of a few, all on the first."""
-        count = min(len(self.gpus), len(queries) // _LEAST_QUERIES)
-        if count < 2:
-            return self.gpus[0].search(queries, k, excluded)
-        edges = np.linspace(0, len(queries), count + 1, dtype=int).tolist()
-
-        def search(gpu: GpuSearch, low: int, high: int) -> Neighbors:
-            return gpu.search(queries[low:high], k, excluded[low:high])
-
-        with ThreadPoolExecutor(count) as pool:
-            parts = list(pool.map(search, self.gpus, edges, edges[1:]))
-        return Neighbors(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def _on_cpu(self, queries: Vectors, k: int, excluded: np.ndarray) -> Neighbors:
         ids = np.empty((queries.shape[0], k), np.int64)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ ALIGN = 256  # rows and columns of whole blocks of either shape below
 SPARE = 8  # groups of a list beyond k, for what rounding may reorder
 PANEL_ROWS = 16_384  # queries whose group maxima are in memory at once
 TILE_ROWS = 2**21  # database rows searched at once
+LEAST_QUERIES = 1024  # that a further device is given
 LOAD_ROWS = 2**16  # rows read from disk and sent to the device at once
 RESIDENT_SHARE = 0.5  # of free device memory that a database may fill; a larger one is streamed
 MAXIMA_SHARE = 0.4  # of free device memory for the group maxima of one panel
@@ -668,6 +670,26 @@ class GpuSearch:
         return _OnItsWay(ids, distances, crowded, event)
 
 
+def search_together(
+    searches: Sequence[GpuSearch],
+    queries: np.ndarray[Any, Any],
+    k: int,
+    excluded: np.ndarray[Any, Any],
+) -> Neighbors:
+    """As `GpuSearch.search`, a part of the queries on each device; few of them all on the first."""
+    count = min(len(searches), len(queries) // LEAST_QUERIES)
+    if count < 2:
+        return searches[0].search(queries, k, excluded)
+    edges = np.linspace(0, len(queries), count + 1, dtype=int).tolist()
+
+    def search(one: GpuSearch, low: int, high: int) -> Neighbors:
+        return one.search(queries[low:high], k, excluded[low:high])
+
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(search, searches, edges, edges[1:]))
+    return Neighbors(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
 class _Streams:
     """A stream for copies beside that of the search; nothing at all without a GPU."""
 
@@ -797,7 +819,8 @@ class AllPairs:
         stop: int,
     ) -> None:
         search = searches[0]
-        self.search, self.k, self.excluded = search, k, excluded
+        self.searches, self.search = list(searches), search
+        self.k, self.excluded = k, excluded
         first, last = self._numbers(start), self._numbers(stop)
         self.position = first // ALIGN * ALIGN  # the first row that no panel has come to
         self.stop = _up(last, ALIGN)
@@ -830,7 +853,8 @@ class AllPairs:
         others = np.setdiff1d(np.arange(stop - start), place, assume_unique=True)
         if len(others):
             vectors, own = self.search.database.take(start + others), self.excluded[start + others]
-            ids[others], distances[others] = self.search.search(vectors, self.k, own)
+            found = search_together(self.searches, vectors, self.k, own)
+            ids[others], distances[others] = found
         return Neighbors(ids, distances)
 
     def _of_numbers(self, first: int, last: int) -> Neighbors:

@@ -244,6 +244,18 @@ def test_no_gpu_is_used_where_none_is_wanted():
     assert visible_devices(()) == []
 
 
+def test_one_worker_takes_all_devices_where_a_stage_wants_them_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("retro_data.engines.local.visible_devices", lambda chosen: ["3", "5"])
+    stage = ArithmeticStage(1000, Path("unused"))
+    stage.resources = Resources(gpu=True)
+    alone = [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in ("3", "5")]
+    assert LocalEngine().places(stage, 100) == alone
+    stage.resources = Resources(gpu=True, together=True)
+    assert LocalEngine().places(stage, 100) == [("cuda", {"CUDA_VISIBLE_DEVICES": "3,5"})]
+
+
 @pytest.mark.gpu
 def test_each_worker_sees_one_gpu(tmp_path: Path, diary: Path):
     import torch
@@ -311,6 +323,7 @@ GIB = 2**30
 HEAD = {"CPU": 4, "memory": 8 * GIB}
 GPU_NODE = {"CPU": 24, "GPU": 4, "memory": 64 * GIB}
 WHOLE, ONE, GPU = Resources(threads=0), Resources(threads=1), Resources(gpu=True, threads=0)
+TOGETHER = Resources(gpu=True, threads=0, together=True)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +335,7 @@ WHOLE, ONE, GPU = Resources(threads=0), Resources(threads=1), Resources(gpu=True
         ([HEAD, GPU_NODE], ONE, 9, {}, ("cpu", 0, 1, 1, 28)),
         ([HEAD, GPU_NODE], GPU, 9, {}, ("cuda:0", 1, 6, 1, 4)),  # the head's CPUs are for others
         ([HEAD, GPU_NODE], GPU, 9, {"gpus": 0}, ("cpu", 0, 4, 1, 7)),
+        ([HEAD, GPU_NODE], TOGETHER, 9, {"gpus": 4}, ("cuda", 4, 24, 1, 1)),
         ([HEAD], GPU, 9, {}, ("cpu", 0, 4, 1, 1)),
         ([HEAD], GPU, 9, {"gpus": 1}, ("cuda:0", 1, 1, 1, 0)),  # none yet: it waits for one
         ([HEAD, GPU_NODE], ONE, 9, {"cpus": 2, "memory": 8 * GIB}, ("cpu", 0, 2, 8, 9)),

@@ -207,8 +207,9 @@ def worker_shape(
     most = max((_whole(node, "memory") for node in nodes), default=0)
     memory = settings.memory or min(wanted.memory, most)
     need = {"GPU": gpus, "CPU": cpus, "memory": memory}
+    on_gpus = "cuda" if wanted.together else "cuda:0"
     return WorkerShape(
-        "cuda:0" if gpus else "cpu",
+        on_gpus if gpus else "cpu",
         *(gpus, cpus, memory),
         {} if gpus else cpu_variables(max(1, cpus)),
         sum(min(_whole(n, name) // count for name, count in need.items() if count) for n in nodes),

@@ -70,8 +70,9 @@ def test_only_the_datamodule_and_the_reference_model_know_lightning():
 
 def test_only_engines_know_processes_and_clusters():
     found = importers("subprocess", "multiprocessing", "ray", "concurrent", "threading")
-    # Threads of one process: the beat of a lease, a device's turns, products of a search, digests.
-    threads = {"artifact.py", "embedder.py", "exact.py", "scan.py"}
+    # Threads of one process: the beat of a lease, a device's turns, products of a search, a thread for
+    # each device, digests.
+    threads = {"artifact.py", "embedder.py", "exact.py", "exact_triton.py", "scan.py"}
     assert {m for m in found if not m.startswith("engines/")} <= threads
     assert all(m.startswith("engines/") for m in importers("subprocess", "multiprocessing", "ray"))
     assert importers("subprocess")

@@ -88,3 +88,33 @@ def test_pipeline_growth_is_a_row_and_a_unit_of_work(capsys: pytest.CaptureFixtu
     line = capsys.readouterr().out.splitlines()[-1]
     # wall doubled a row, stayed a token; CPU stayed, blocks halved
     assert " ".join(line.split()) == "chunks 4.0x 10 s 20 s 2.00 1.00 1.00 0.50 +50 MiB 1.25x"
+
+
+def test_the_cost_model_is_what_it_says(
+    tmp_path: Path,
+    tiny_encoder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    model = runpy.run_path(str(BENCHMARKS / "cost_model.py"))
+    rates = model["Rates"](6.4e6, 40_000, 9e14, 6e14, 1e8, 768)
+    common, exact, by_index = model["stage_costs"](10**8, rates)
+    assert [cost.stage for cost in common] == ["chunks", "embeddings"]
+    assert common[0].cpu == pytest.approx(1000)
+    assert common[1].seconds(gpus=8, cores=16) == pytest.approx(10**8 / 40_000 / 8)
+    assert exact[0].gpu == pytest.approx(2e16 * 768 / 9e14)
+    lists = 2**18  # 16 sqrt(10^8) is 160,000
+    assert by_index[0].gpu == pytest.approx(2 * 768 * lists * (500 * lists + 10**8) / 6e14)
+    assert by_index[1].cpu == pytest.approx(10**8 * 32 * 10**8 / lists / 1e8)
+    assert exact[0].disk == by_index[1].disk == 10**8 * 32 * 8
+
+    corpus = write_jsonl(tmp_path / "small.jsonl", make_documents(60))
+    small = ["--device", "cpu", "--seconds", "0.3", "--search-rows", "2000", "--pairs", "943"]
+    files = ["--corpus", str(corpus), "--check", str(corpus), "--encoder", str(tiny_encoder)]
+    model["main"]([*files, *small])
+    said = capsys.readouterr().out
+    assert "pairs=943000000000000.0" in said
+    assert said.count("limited by") == 3
+    assert said.count("by the model") == 2

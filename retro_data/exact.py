@@ -285,7 +285,10 @@ def _devices(device: str) -> list[str]:
     """The devices that a name stands for."""
     if torch.device(device).index is not None:
         return [device]
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    if not count:
+        raise RetroDataError(f"exact search on {device!r}: no CUDA device is visible. Take 'cpu'.")
+    return [f"cuda:{index}" for index in range(count)]
 
 
 def _has_kernels(device: str, database: Vectors) -> bool:

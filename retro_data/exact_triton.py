@@ -24,6 +24,7 @@ order of `exact.fixed_sum`, then rounded to float32. So no bit differs from the 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -824,12 +825,13 @@ class AllPairs:
         first, last = self._numbers(start), self._numbers(stop)
         self.position = first // ALIGN * ALIGN  # the first row that no panel has come to
         self.stop = _up(last, ALIGN)
-        self.met: list[tuple[int, int]] = []  # rows that panels have been, in order
+        self.met: list[tuple[int, int]] = []  # ranges of rows that panels have been, in order
         height = _up(search.num_rows, ALIGN)
         fitting = min(s.free_for_maxima() for s in searches) // max(1, height)
         panel = min(search.panel_rows, fitting // ALIGN * ALIGN, self.stop - self.position)
         self.panel = max(panel, ALIGN)
         self.sides = [_Side(each, k, excluded, self.panel) for each in searches]
+        self.turns = itertools.cycle(self.sides)
         self.lag = len(searches) if len(searches) > 1 else 0  # panels, from products to ranking
         self.ahead = len(searches) + self.lag
         self.flying: deque[_Panel] = deque()
@@ -917,7 +919,7 @@ class AllPairs:
     def _start_panel(self, first: int) -> _Panel:
         """Sets a device to the products of the panel that begins at row `first`; does not wait."""
         last = min(first + self.panel, self.stop)
-        side = self.sides[len(self.met) % len(self.sides)]
+        side = next(self.turns)
         search, work, columns = side.search, side.work, side.rows
         panel = columns.part(first, last)
         own = _Own(side.own.low[first:last], side.own.high[first:last])
@@ -932,7 +934,8 @@ class AllPairs:
                 if self.stop < columns.height:
                     search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
             side.ends.append((first, side.streams.end()))
-        self.met.append((first, last))
+        joined = self.met.pop()[0] if self.met and self.met[-1][1] == first else first
+        self.met.append((joined, last))
         self.position = last
         return _Panel(first, last, side)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from retro_data import store
 from retro_data.chunks import narrowest
-from retro_data.dataset import ChunkReader
+from retro_data.row_readers import ChunkReader
 from retro_data.splits import EVALUATION, SPLITS, SplitOfCorpus
 from retro_data.stage import (
     Block,

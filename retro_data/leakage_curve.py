@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_data.dataset import NO_LABEL
 from retro_data.leakage import ALPHAS, leakage_bins
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ Array = np.ndarray[Any, Any]
 Row = dict[str, float]
 
 MEASURES = ("r", "r_seen")
-NO_LABEL = -100
 COLORS = ("#1f6fb4", "#d1495b")  # of neighbors on and off
 
 

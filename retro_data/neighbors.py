@@ -19,11 +19,11 @@ import numpy as np
 from retro_data import artifact, store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
-from retro_data.dataset import ChunkReader
 from retro_data.errors import RetroDataError
 from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, rank
 from retro_data.index import SearchIndex, load_index
 from retro_data.quality import neighbor_quality
+from retro_data.row_readers import ChunkReader
 from retro_data.stage import (
     Block,
     BlockWriter,

@@ -31,7 +31,6 @@ from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open
 from retro_data.embedder import embedder_dim, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import LocalEngine
-from retro_data.engines.local import available_cores
 from retro_data.errors import RetroDataError
 from retro_data.exact import Search, Vectors
 from retro_data.index import ADD_BYTES
@@ -476,9 +475,8 @@ class _Reckoning:
     def _shingles(self, name: str, settings: NearDuplicateSettings) -> StagePlan:
         documents, words = self.documents[name], int(self.measured.words[name] * self._scale(name))
         size = 8 * words + (8 + 16 + 4 * settings.num_perm) * documents
-        blocks = self.measured.steps[f"chunks {name}"].stage.blocks()
-        workers = max(1, min(available_cores(), int(len(blocks) * self._scale(name))))
-        workers = min(workers, self.settings.engine.workers or workers)
+        chunks = self.measured.steps[f"chunks {name}"]  # whose blocks and workers are alike
+        workers = self._workers(chunks, len(chunks.stage.blocks()) * self._scale(name))
         memory = workers * (self.measured.memory["chunks"] + 2**27)
         seconds = self.measured.shingle_seconds[name] * self._scale(name) / workers
         return StagePlan(f"shingles {name}", documents, size, 2 * size, memory, seconds, "measured")
@@ -544,7 +542,7 @@ class _Reckoning:
         nearest = min(NEAREST, self.settings.neighbors.num_stored)
         wide = 1 if self.settings.chunks.chunk_size < 256 else 2
         size = rows * (8 + wide * (1 + 2 * nearest))
-        workers = max(1, min(available_cores(), self.settings.engine.workers or rows))
+        workers = self._workers(self.measured.steps[f"chunks {corpus.name}"], rows / BATCH_CHUNKS)
         of_batch = BATCH_CHUNKS * nearest * self.settings.chunks.chunk_size * LEAKAGE_BYTES_A_TOKEN
         memory = workers * (self.measured.memory["chunks"] + of_batch)
         seconds = 2 * rows * nearest * _pair_seconds(self.settings.chunks.chunk_size) / workers

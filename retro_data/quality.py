@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_data.dataset import ChunkReader
+from retro_data.row_readers import ChunkReader
 from retro_data.store import ChunkStore
 
 Array = np.ndarray[Any, Any]
@@ -101,14 +101,13 @@ def successor_bigrams(
         The mean over chunks whose successor has a bigram; None where there is none.
     """
     shares = []
-    size = chunks.chunk_size
     for start in range(0, len(rows), PAIRS_AT_ONCE):
         part = slice(start, start + PAIRS_AT_ONCE)
         successor = rows[part] + 1
         wanted = _bigrams(chunks.tokens[successor], chunks.lengths[successor, None])
         tokens, lengths, _ = reader(neighbors[part])
         # The continuation follows a chunk that is full: what is real lies side by side.
-        found = _bigrams(tokens[:, : 2 * size], lengths.sum(1, dtype=np.int64)[:, None])
+        found = _bigrams(tokens, lengths.sum(1, dtype=np.int64)[:, None])
         real = wanted >= 0
         hit = (wanted[:, :, None] == found[:, None, :]).any(2) & real
         count = real.sum(1)

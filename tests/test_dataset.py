@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from retro_data import artifact, store
-from retro_data.dataset import NO_LABEL, RetroDataset, _Rows, collate, to_retro_pytorch
+from retro_data.dataset import NO_LABEL, RetroDataset, collate, to_retro_pytorch
 from retro_data.errors import RetroDataError
 from retro_data.pipeline import PreparedCorpus
+from retro_data.row_readers import _Rows
 from retro_data.sequences import pack
 from retro_data.splits import SPLITS
 from retro_data.store import ChunkStore, DatabaseStores, NeighborLists, PackedSequences

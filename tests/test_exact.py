@@ -485,3 +485,10 @@ def test_real_embeddings(real: tuple[np.ndarray, np.ndarray], metric: Metric) ->
         assert recall(found.ids, expected.ids) == 1.0
         assert (found.ids >= 0).all()
     assert (topics[found.ids] == topics[:, None]).mean() > 0.95, "neighbors are of one topic"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_all_visible_devices_of_a_machine_without_any_are_refused() -> None:
+    database = Vectors([np.ones((3, 4), np.float16)])
+    with pytest.raises(RetroDataError, match="no CUDA device is visible"):
+        Search(database, metric="l2", device="cuda")

@@ -9,8 +9,8 @@ import pytest
 from test_dataset import database_of, write_chunks
 
 from retro_data import quality
-from retro_data.dataset import ChunkReader
 from retro_data.quality import hub_share, neighbor_quality, successor_bigrams
+from retro_data.row_readers import ChunkReader
 from retro_data.store import ChunkStore
 
 

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from retro_data import artifact
@@ -40,9 +39,7 @@ WAIT_SECONDS = 1.0
 TELL_SECONDS = 30.0  # between two words about waiting for room
 SETTLE_SECONDS = 3.0  # until a cluster knows that the node of a dead worker is dead, too
 MOST_NODES_TOLD = 8
-MOST_LOSSES = (
-    10  # workers lost over one block, or before they opened the stage, one after the other
-)
+MOST_LOSSES = 10  # workers lost over one block, or one after the other before they opened the stage
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -85,12 +82,7 @@ class RayEngine:
     def __enter__(self) -> RayEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -90,10 +90,9 @@ class RayWorker:
     """
 
     def __init__(self, path: Sequence[str]) -> None:
+        # Of the job that started this node, or the program that started Ray.
         for name in [name for name in os.environ if names_rank(name)]:
-            del os.environ[
-                name
-            ]  # of the job that started this node, or the program that started Ray
+            del os.environ[name]
         sys.path.extend(entry for entry in path if entry not in sys.path)
         self._warnings = _Warnings()
         logging.getLogger("retro_data").addHandler(self._warnings)

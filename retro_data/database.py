@@ -20,11 +20,13 @@ from retro_data import artifact, store
 from retro_data.artifact import keyed
 from retro_data.errors import RetroDataError
 from retro_data.exact import Vectors
-from retro_data.splits import LEFT_OUT_CODE, SPLITS, SplitOfCorpus, SplitSettings
+from retro_data.splits import LEFT_OUT_CODE, SPLITS, SplitOfCorpus, SplitSettings, split_hash
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, block_files, total_counts
 from retro_data.store import ChunkStore, DatabaseStores, Embeddings
 
 Array = np.ndarray[Any, Any]
+
+SHARE_SALT = "database.share"  # so that a share is drawn alike from every split
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,13 @@ class DatabaseSettings:
         splits: documents of these splits are admitted. Evaluation splits are left out by default, or
             the text to be predicted could be retrieved.
         corpora: names of the corpora whose chunks make the database; None means all.
+        share: of these documents, drawn by a hash of their identity, that are admitted: what a
+            smaller database would be worth. A larger share holds all of a smaller one.
     """
 
     splits: tuple[str, ...] = keyed(("train", "database"))
     corpora: tuple[str, ...] | None = keyed(None)
+    share: float = keyed(1.0)
 
     def __post_init__(self) -> None:
         unknown = [s for s in self.splits if s not in SPLITS]
@@ -46,6 +51,23 @@ class DatabaseSettings:
             raise RetroDataError(
                 f"database.splits={list(self.splits)}: expected some of {', '.join(SPLITS)}."
             )
+        if not 0 < self.share <= 1:
+            raise RetroDataError(
+                f"database.share={self.share}: expected more than 0 and at most 1; num_neighbors=0 "
+                "reads no neighbors."
+            )
+
+    def admits(self, keys: Array, splits: Array) -> Array:
+        """(D,) bool: which documents may be retrieved.
+
+        Args:
+            keys: (D, 2) uint64 identities.
+            splits: (D,) index into SPLITS, or LEFT_OUT_CODE.
+        """
+        chosen: Array = np.isin(splits, [SPLITS.index(s) for s in self.splits])
+        if self.share < 1:
+            chosen &= split_hash(keys, SHARE_SALT) < self.share
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,7 @@ class DatabaseStage:
             "stores": [[s.name, s.split] for s in self.stores],
             "splits": asdict(self.splits),
             "admitted": sorted(self.settings.splits),
+            "share": self.settings.share,
         }
 
     def parents(self) -> dict[str, str]:
@@ -107,7 +130,7 @@ class DatabaseStage:
         place = self.stores[block.index]
         documents = ChunkStore(place.folder).documents
         split = SplitOfCorpus(place.name, place.split, self.splits, self.duplicates).of(documents)
-        admitted = np.isin(split, [SPLITS.index(s) for s in self.settings.splits])
+        admitted = self.settings.admits(documents.keys, split)
         out.array(store.admitted_name(block.index), admitted)
         out.rows = len(admitted)
         out.count("documents", len(admitted))
@@ -122,7 +145,8 @@ class DatabaseStage:
         if not counts["admitted_chunks"]:
             raise RetroDataError(
                 f"the retrieval database is empty: no document of {[s.name for s in self.stores]} "
-                f"is of a split in database.splits={list(self.settings.splits)}."
+                f"is of a split in database.splits={list(self.settings.splits)} and within "
+                f"database.share={self.settings.share}."
             )
         return {
             "arrays": block_files(receipts),

@@ -144,22 +144,23 @@ class Settings:
                 f"none of the corpora {names} holds training documents (corpus.split hash or train) "
                 "to train a tokenizer on. Name one (tokenizer.name)."
             )
-        if self.splits.val + self.splits.test > 0.5:
+        if self.splits.evaluation > 0.5:
             raise RetroDataError(
                 f"splits.val={self.splits.val} and splits.test={self.splits.test} leave less than "
-                "half for training, on which the tokenizer is trained. Name one (tokenizer.name), or "
+                "half for other use, on which the tokenizer is trained. Name one (tokenizer.name), or "
                 "evaluate on less."
             )
 
     def evaluates(self, split: str) -> bool:
         """Whether a corpus of this split may hold documents of val or test."""
-        return split in EVALUATION or (split == "hash" and self.splits.val + self.splits.test > 0)
+        return split in EVALUATION or (split == "hash" and self.splits.evaluation > 0)
 
     def retrieves_training(self) -> bool:
         """Whether all training documents are in the database."""
         training = {corpus.name for corpus in self.corpora if corpus.split in TRAINING}
-        chosen = self.database.corpora
-        return "train" in self.database.splits and (chosen is None or training <= set(chosen))
+        chosen = self.database
+        has_all = chosen.corpora is None or training <= set(chosen.corpora)
+        return "train" in chosen.splits and chosen.share == 1 and has_all
 
     def prepared_path(self) -> Path:
         """Where the keys are kept that this configuration was prepared to."""

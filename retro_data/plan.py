@@ -40,7 +40,7 @@ from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
 from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
-from retro_data.splits import SPLITS, TRAINING, split_of_documents
+from retro_data.splits import TRAINING, SplitOfCorpus
 from retro_data.stage import Engine, complete
 from retro_data.store import ChunkStore
 
@@ -315,8 +315,8 @@ class _Measured:
 def _admitted(settings: Settings, corpus: str, chunks: ChunkStore) -> int:
     """Chunks of documents that the database admits."""
     split = next(c.split for c in settings.corpora if c.name == corpus)
-    of_document = split_of_documents(chunks.documents.keys, split, settings.splits)
-    admitted = np.isin(of_document, [SPLITS.index(s) for s in settings.database.splits])
+    told = SplitOfCorpus(corpus, split, settings.splits)
+    admitted = settings.database.admits(chunks.documents.keys, told.of(chunks.documents))
     return int(admitted[chunks.document_of_chunk].sum())
 
 
@@ -537,7 +537,7 @@ class _Reckoning:
 
     def _leakage(self, corpus: CorpusSettings) -> StagePlan:
         splits = self.settings.splits
-        share = splits.val + splits.test if corpus.split == "hash" else 1.0
+        share = splits.evaluation if corpus.split == "hash" else 1.0
         rows = int(self.chunks[corpus.name] * share)
         nearest = min(NEAREST, self.settings.neighbors.num_stored)
         wide = 1 if self.settings.chunks.chunk_size < 256 else 2
@@ -554,7 +554,7 @@ class _Reckoning:
         splits, chunks = self.settings.splits, self.chunks[corpus.name]
         wide = 8 if chunks >= 2**31 else 4
         if corpus.split == "hash":
-            chunks = int(chunks * (1 - splits.val - splits.test))
+            chunks = int(chunks * splits.train)
         rows, size = chunks * self.settings.chunks.chunk_size // seq_len, wide * chunks
         memory = self.measured.memory["chunks"] + 6 * 8 * min(chunks, BLOCK_CHUNKS)
         return StagePlan(f"packing {corpus.name}", rows, size, 2 * size, memory, 0.0, "small")

@@ -31,19 +31,32 @@ class SplitSettings:
 
     Attributes:
         val, test: shares of the documents of a corpus whose `split` is "hash".
+        database: share of them that is only ever retrieved: what a model's weights have not seen.
         salt: another salt is another split.
     """
 
     val: float = keyed(0.05)
     test: float = keyed(0.05)
+    database: float = keyed(0.0)
     salt: str = keyed("retro_data")
 
     def __post_init__(self) -> None:
-        if min(self.val, self.test) < 0 or self.val + self.test >= 1:
+        if min(self.val, self.test, self.database) < 0 or self.train <= 0:
             raise RetroDataError(
-                f"splits.val={self.val} and splits.test={self.test}: both must be at least 0 and "
-                "leave something to train on."
+                f"splits.val={self.val}, splits.test={self.test} and splits.database="
+                f"{self.database}: each must be at least 0, and together they must leave something "
+                "to train on."
             )
+
+    @property
+    def evaluation(self) -> float:
+        """Share of documents of val and test."""
+        return self.val + self.test
+
+    @property
+    def train(self) -> float:
+        """Share of documents that train."""
+        return 1 - self.evaluation - self.database
 
 
 def split_hash(keys: Array, salt: str) -> Array:
@@ -91,10 +104,11 @@ def split_of_documents(keys: Array, split: str, settings: SplitSettings) -> Arra
 
 def split_at(place: Array, settings: SplitSettings) -> Array:
     """(D,) uint8 index into SPLITS of documents at these places (D,) in [0, 1)."""
-    train = 1 - settings.val - settings.test
-    codes = np.zeros(len(place), np.uint8)
-    codes[place >= train] = SPLITS.index("val")
-    codes[place >= train + settings.val] = SPLITS.index("test")
+    evaluation = 1 - settings.evaluation
+    codes = np.full(len(place), SPLITS.index("train"), np.uint8)
+    codes[place >= settings.train] = SPLITS.index("database")
+    codes[place >= evaluation] = SPLITS.index("val")
+    codes[place >= evaluation + settings.val] = SPLITS.index("test")
     return codes
 
 

@@ -215,6 +215,26 @@ def test_an_empty_database_is_refused(tmp_path: Path, small: Small) -> None:
         Made(arguments, "database")
 
 
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(RetroDataError, match=r"database\.share="):
+        DatabaseSettings(share=share)
+
+
+def test_a_larger_share_holds_a_smaller_one_alike_from_every_split() -> None:
+    keys = keys_array([document_key("c", str(i)) for i in range(20_000)])
+    splits = split_of_documents(keys, "hash", SplitSettings(database=0.5))
+    settings = [DatabaseSettings(share=share) for share in (0.1, 0.3, 1.0)]
+    tenth, third, whole = (one.admits(keys, splits) for one in settings)
+    assert (tenth <= third).all()
+    assert (third <= whole).all()
+    for split in ("train", "database"):
+        of_split = splits == SPLITS.index(split)
+        assert whole[of_split].all()
+        assert tenth[of_split].mean() == pytest.approx(0.1, abs=0.01)
+        assert third[of_split].mean() == pytest.approx(0.3, abs=0.015)
+
+
 @pytest.mark.parametrize("splits", [(), ("validation",), ("train", "dev")])
 def test_splits_that_are_none_are_refused(splits: tuple[str, ...]) -> None:
     with pytest.raises(RetroDataError, match=r"database\.splits="):
@@ -244,3 +264,10 @@ def test_a_fraction_makes_another_database_of_the_same_chunks(small: Small) -> N
     masks = [np.load(m.folder("database") / store.admitted_name(0)) for m in made]
     assert (masks[0] >= masks[1]).all()
     assert masks[0].sum() > masks[1].sum()
+
+
+def test_what_is_only_retrieved_trains_nothing_and_stays_in_the_database(small: Small) -> None:
+    made = [Made(small(splits={"val": 0.2, "database": d}), "database") for d in (0.0, 0.5)]
+    masks = [np.load(m.folder("database") / store.admitted_name(0)) for m in made]
+    np.testing.assert_array_equal(*masks)
+    assert made[0].steps["embeddings small"].key == made[1].steps["embeddings small"].key

@@ -34,12 +34,12 @@ FIELDS: dict[type, tuple[str, str]] = {
     ),
     TokenizerSettings: ("vocab_size sample_bytes", "name revision"),
     ChunkSettings: ("chunk_size bos tokenizer_backend", "block_bytes"),
-    SplitSettings: ("val test salt", ""),
+    SplitSettings: ("val test database salt", ""),
     EmbedderSettings: (
         "pooling normalize precision max_embed_tokens",
         "name revision batch_tokens block_rows",
     ),
-    DatabaseSettings: ("splits corpora", ""),
+    DatabaseSettings: ("splits corpora share", ""),
     IndexSettings: (
         "planner factory max_index_memory memory_mapped target_recall recall_at recall_queries "
         "sample_size seed",
@@ -87,7 +87,7 @@ STAGE_FIELDS = {
     "embeddings": "name pooling normalize precision max_embed_tokens files",
     "shingles": "name ngram num_perm minhash_version",
     "duplicates": "corpora splits jaccard containment",
-    "database": "stores splits admitted",
+    "database": "stores splits admitted share",
     "index": "metric " + FIELDS[IndexSettings][0],
     "neighbors": "name search metric num_stored",
     "leakage": "name nearest split splits covers_training",

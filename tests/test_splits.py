@@ -14,7 +14,7 @@ from retro_data.scan import document_key, keys_array
 from retro_data.splits import SPLITS, SplitSettings, split_hash, split_of_documents
 
 Array = np.ndarray[Any, Any]
-TRAIN, VAL, TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+TRAIN, VAL, TEST, DATABASE = (SPLITS.index(name) for name in ("train", "val", "test", "database"))
 
 
 def keys(count: int, first: int = 0, corpus: str = "c") -> Array:
@@ -26,7 +26,7 @@ MANY = keys(20_000)
 
 
 def codes(val: float, test: float, salt: str = "retro_data", of: Array = MANY) -> Array:
-    return split_of_documents(of, "hash", SplitSettings(val, test, salt))
+    return split_of_documents(of, "hash", SplitSettings(val, test, salt=salt))
 
 
 def test_hashes_are_even_in_the_unit_interval() -> None:
@@ -75,6 +75,14 @@ def test_the_lower_half_trains_under_any_sensible_fractions() -> None:
         assert (codes(val, test)[lower] == TRAIN).all()
 
 
+def test_what_is_only_retrieved_is_taken_from_training_alone() -> None:
+    with_all = codes(0.1, 0.05)
+    found = split_of_documents(MANY, "hash", SplitSettings(0.1, 0.05, database=0.6))
+    assert (found == DATABASE).mean() == pytest.approx(0.6, abs=0.01)
+    assert (found == np.where(found == DATABASE, DATABASE, with_all)).all()
+    assert (with_all[found == DATABASE] == TRAIN).all()
+
+
 def test_another_salt_is_another_split_independent_of_the_first() -> None:
     one, two = codes(0.5, 0.0) == VAL, codes(0.5, 0.0, salt="other") == VAL
     assert (one & two).mean() == pytest.approx(0.25, abs=0.02)
@@ -99,6 +107,8 @@ def test_no_document_is_no_split() -> None:
 def test_fractions_that_leave_nothing_to_train_on_are_refused(val: float, test: float) -> None:
     with pytest.raises(RetroDataError, match=r"splits\.val="):
         SplitSettings(val, test)
+    with pytest.raises(RetroDataError, match=r"splits\.database="):
+        SplitSettings(0.2, 0.2, database=0.6)
 
 
 def test_a_split_that_is_none_is_refused() -> None:

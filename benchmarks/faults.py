@@ -634,6 +634,7 @@ class Bench:
             },
             "index": {"factory": "IVF4,Flat", "threads": 1, "recall_queries": 50},
             "neighbors": {"search": search, "num_stored": 4, "block_rows": 200},
+            "selection": {"distinct": True, "rerank": "bm25"},
             "near_duplicates": {},
             "packing": {"seq_len": 64},
         }

@@ -85,6 +85,8 @@ class RetroDataModule(_LightningDataModule):
         tokenizer, chunks, splits, embedder, database, index, neighbors, engine: settings of each
             stage, as in `retro_data.pipeline.Settings`; None for its defaults. `engine="ray"` prepares
             on a cluster, with its devices instead of the Trainer's.
+        selection: filter the stored neighbors and rank them again, without searching again: settings as
+            in `retro_data.selection`; None: they are read as they are stored.
         near_duplicates: leave documents that are near-duplicates of evaluation documents out of
             training and database, and split near-duplicates as one: settings as in
             `retro_data.shingles`, {} for the defaults; None: they are not looked for.
@@ -127,6 +129,7 @@ class RetroDataModule(_LightningDataModule):
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
         near_duplicates: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | str | None = None,
         prepare: str = "auto",
@@ -156,6 +159,7 @@ class RetroDataModule(_LightningDataModule):
             "database": _plain(database),
             "index": _plain(index),
             "neighbors": _plain(neighbors),
+            "selection": _plain(selection),
             "near_duplicates": _plain(near_duplicates),
             "engine": _plain(engine),
         }

@@ -3,7 +3,8 @@
 r(C) is the length of the longest token substring that chunk C shares with one of its nearest
 neighbors and its continuation, over the tokens of C (Borgeaud et al. 2021, section 2.6). Beside it
 r_seen(C): C against the neighbors of the chunk before it in its document, which are what a model sees
-while it predicts C. Both are of the stored candidates, so neither changes with what is read of them.
+while it predicts C. r is always of the unfiltered lists, so that no filter changes it; r_seen is of what
+a model reads: where there is a selection, of the selected lists.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def leakage_bins(longest: Array, real_tokens: Array) -> Array:
 class LeakageContext:
     queries: ChunkStore
     neighbors: NeighborLists
+    seen: NeighborLists  # what a model reads: these, or a selection of them
     reader: ChunkReader  # of the database
     bos_id: int | None
     evaluated: Array  # (D,) bool
@@ -131,6 +133,7 @@ class LeakageStage:
         database: folders of the chunk stores that neighbors are of.
         tokenizer: folder of the LM tokenizer.
         covers_training: whether all training documents are in the database.
+        selection: folder and key of the selection that a model reads instead of all neighbors.
     """
 
     name = "leakage"
@@ -147,12 +150,14 @@ class LeakageStage:
         database: Sequence[Path],
         tokenizer: Path,
         covers_training: bool,
+        selection: tuple[Path, str] | None = None,
     ) -> None:
         self.split = split
         self.chunks, self.neighbors = chunks, neighbors
         self.database = tuple(database)
         self.tokenizer = tokenizer
         self.covers_training = covers_training
+        self.selection = selection
 
     def key_fields(self) -> dict[str, Any]:
         fields = self.split.key_fields()
@@ -160,6 +165,8 @@ class LeakageStage:
 
     def parents(self) -> dict[str, str]:
         own = {"chunks": self.chunks[1], "neighbors": self.neighbors[1]}
+        if self.selection is not None:
+            own["selection"] = self.selection[1]
         return {**own, **self.split.parents()}
 
     def blocks(self) -> list[Block]:
@@ -170,10 +177,13 @@ class LeakageStage:
         queries = ChunkStore(self.chunks[0])
         split = self.split.of(queries.documents)
         database = DatabaseStores.of(self.database)
+        neighbors = NeighborLists(self.neighbors[0])
+        seen = NeighborLists(self.selection[0]) if self.selection is not None else neighbors
         return contextlib.nullcontext(
             LeakageContext(
                 queries,
-                NeighborLists(self.neighbors[0]),
+                neighbors,
+                seen,
                 ChunkReader(database, queries.chunk_size, prefetch=False),
                 LmTokenizer(self.tokenizer).bos_id,
                 np.isin(split, [SPLITS.index(name) for name in EVALUATION]),
@@ -237,26 +247,57 @@ def _measure(context: LeakageContext, rows: Array, width: int) -> tuple[Array, A
     chunks, before = context.queries, np.maximum(rows - 1, 0)
     document = chunks.document_of_chunk
     follows = (rows > 0) & (document[rows] == document[before])
-    # Most chunks come after one that is asked for, too: its neighbors are read once.
-    asked = np.union1d(rows, before[follows])
-    size = chunks.chunk_size
-    tokens, lengths, _ = context.reader(
-        np.asarray(context.neighbors.ids[asked, :width], np.int64).ravel()
-    )
-    real = (np.arange(size) < lengths[..., None]).reshape(len(tokens), -1)
-    mask = real & (tokens != _no_token(context.bos_id))
-    queries = chunks.tokens[rows]
-    query_mask = np.arange(size) < chunks.lengths[rows][:, None]
-    query_mask &= queries != _no_token(context.bos_id)
+    queries = query_text(chunks, rows, context.bos_id)
+    if context.seen is context.neighbors:
+        # Most chunks come after one that is asked for, too: its neighbors are read once.
+        asked = np.union1d(rows, before[follows])
+        own = seen = _Retrieved(context, context.neighbors, asked, width)
+    else:
+        own = _Retrieved(context, context.neighbors, rows, width)
+        seen = _Retrieved(context, context.seen, np.unique(before[follows]), width)
     longest = [np.zeros((len(rows), width), np.int64) for _ in range(2)]
-    for found, chosen, shift in ((longest[0], np.arange(len(rows)), 0), (longest[1], follows, 1)):
-        chosen = np.arange(len(rows))[chosen]
-        pairs = np.searchsorted(asked, rows[chosen] - shift)[:, None] * width + np.arange(width)
-        query = np.repeat(chosen, width)
-        found[chosen] = longest_common_substrings(
-            queries[query], tokens[pairs.ravel()], query_mask[query], mask[pairs.ravel()]
-        ).reshape(-1, width)
-    return query_mask.sum(1), longest[0], longest[1]
+    longest[0] = own.shared(queries[0], queries[1], rows)
+    longest[1][follows] = seen.shared(queries[0][follows], queries[1][follows], before[follows])
+    return queries[1].sum(1), longest[0], longest[1]
+
+
+class _Retrieved:
+    """The text of the first `width` neighbors of chunks `asked` (A,), ascending."""
+
+    def __init__(
+        self, context: LeakageContext, lists: NeighborLists, asked: Array, width: int
+    ) -> None:
+        self.asked, self.width = asked, width
+        ids = np.asarray(lists.ids[asked, :width], np.int64)
+        self.tokens, lengths, _ = context.reader(ids.ravel())
+        size = context.queries.chunk_size
+        self.mask = retrieved_mask(self.tokens, lengths, size, context.bos_id)
+
+    def shared(self, queries: Array, query_mask: Array, of: Array) -> Array:
+        """What queries (Q, m) share with each neighbor of the chunks `of` (Q,): (Q, width)."""
+        first = np.searchsorted(self.asked, of)[:, None] * self.width
+        pairs = (first + np.arange(self.width)).ravel()
+        query = np.repeat(np.arange(len(of)), self.width)
+        longest: Array = longest_common_substrings(
+            queries[query], self.tokens[pairs], query_mask[query], self.mask[pairs]
+        ).reshape(-1, self.width)
+        return longest
+
+
+def query_text(chunks: ChunkStore, rows: Array, bos_id: int | None) -> tuple[Array, Array]:
+    """Tokens (n, m) of chunks (n,), and which of them are compared: real ones but bos."""
+    tokens = chunks.tokens[rows]
+    mask = np.arange(chunks.chunk_size) < chunks.lengths[rows][:, None]
+    return tokens, mask & (tokens != _no_token(bos_id))
+
+
+def retrieved_mask(tokens: Array, lengths: Array, chunk_size: int, bos_id: int | None) -> Array:
+    """The same of what a `ChunkReader` read: tokens (n, chunk_size + follow) and lengths (n, 2)."""
+    real = np.arange(chunk_size) < lengths[..., None]
+    mask: Array = real.reshape(len(tokens), -1)[:, : tokens.shape[1]] & (
+        tokens != _no_token(bos_id)
+    )
+    return mask
 
 
 def _no_token(bos_id: int | None) -> int:

@@ -186,7 +186,7 @@ class NeighborStage:
                 found = self._by_index(context, context.index, queries, own, out)
             else:
                 found = context.exact(queries, self.settings.num_stored, own)
-        self._count(found, own, _is_last_of_document(chunks, document, block), out)
+        self._count(found, own, is_last_of_document(chunks, document, block), out)
         wide = database.shape[0] >= 2**31
         ids = found.ids.astype(np.int64 if wide else np.int32)
         out.array(store.part_name(block.index, store.NEIGHBOR_IDS), ids)
@@ -258,7 +258,7 @@ class NeighborStage:
         return neighbor_quality(chunks, ids, distances, reader, database.admitted)
 
 
-def _is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> Array:
+def is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> Array:
     """Chunks whose neighbors reach no label but the document's end."""
     return np.asarray(
         chunks.documents.first_chunk[document + 1] - 1 == np.arange(block.start, block.stop)

@@ -1,7 +1,7 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► leakage
-       └─► shingles ─► duplicates ────────────────┘                              └─► packing
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► selection
+       └─► shingles ─► duplicates ────────────────┘                       └─► leakage, packing
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
@@ -36,6 +36,7 @@ from retro_data.neighbors import NeighborSettings, NeighborStage
 from retro_data.packing import PackingSettings, PackingStage
 from retro_data.receipts import read_plan, read_receipts
 from retro_data.scan import CorpusStage, digest_files
+from retro_data.selection import SelectionSettings, SelectionStage
 from retro_data.sequences import whole_chunks
 from retro_data.shingles import NearDuplicateSettings, ShingleStage, minhash_version
 from retro_data.splits import EVALUATION, TRAINING, SplitOfCorpus, SplitSettings
@@ -70,6 +71,7 @@ class Settings:
     database: DatabaseSettings
     index: IndexSettings
     neighbors: NeighborSettings
+    selection: SelectionSettings | None  # None: neighbors are read as they are stored
     near_duplicates: NearDuplicateSettings | None  # None: none are looked for
     packing: PackingSettings | None  # None: no sequences are packed
     engine: EngineSettings
@@ -88,6 +90,7 @@ class Settings:
         database: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
         near_duplicates: Mapping[str, Any] | None = None,
         packing: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | str | None = None,
@@ -98,6 +101,7 @@ class Settings:
             root: folder of all artifacts.
             corpus: one corpus, or several; each with at least `name` and `path`.
             chunk_size: tokens of a chunk.
+            selection: None where all stored neighbors are read, in the order of distance.
             near_duplicates: None where no near-duplicates are to be looked for; {} for the defaults.
             packing: None where no sequences are to be packed.
 
@@ -117,6 +121,7 @@ class Settings:
             database=_group(DatabaseSettings, "database", database),
             index=_group(IndexSettings, "index", index),
             neighbors=_group(NeighborSettings, "neighbors", neighbors),
+            selection=_selection(selection),
             near_duplicates=None
             if near_duplicates is None
             else _group(NearDuplicateSettings, "near_duplicates", near_duplicates),
@@ -210,6 +215,12 @@ def _group(kind: type[Group], name: str, given: Any) -> Group:
         raise RetroDataError(f"missing setting {', '.join(f'{name}.{m}' for m in missing)}.")
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     return kind(**values)
+
+
+def _selection(given: Any) -> SelectionSettings | None:
+    """None where nothing is asked for: a selection of everything would be a copy."""
+    settings = _group(SelectionSettings, "selection", given)
+    return settings if settings.is_on else None
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -321,6 +332,15 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 name,
             )
             yield neighbors[name]
+    selections = {}
+    if settings.selection is not None:
+        for name, found in neighbors.items():
+            selection = SelectionStage(
+                *(settings.selection, name, chunks[name].place, found.place),
+                *(place, tokenizer.folder),
+            )
+            selections[name] = step(selection, name)
+            yield selections[name]
     told = {n: SplitOfCorpus(n, splits[n], settings.splits, duplicates) for n in names}
     for name in names:
         if settings.evaluates(splits[name]):
@@ -331,6 +351,7 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
                 place.chunks,
                 tokenizer.folder,
                 settings.retrieves_training(),
+                selections[name].place if selections else None,
             )
             yield step(leakage, name)
     for name in names:
@@ -422,7 +443,8 @@ class PreparedCorpus:
     Attributes:
         chunks: its chunk store.
         split_of_document: (D,) uint8, index into SPLITS, or LEFT_OUT_CODE.
-        neighbors: None for a corpus that is only ever retrieved.
+        neighbors: those that are read, of the selection if there is one; None for a corpus that is
+            only ever retrieved.
         key: of all its data.
         sequences: packed training sequences, None where none were packed.
         leakage: of its evaluation chunks, None where there are none, or it was not measured.
@@ -464,11 +486,12 @@ def open_prepared(settings: Settings) -> Prepared:
     for corpus in settings.corpora:
         name = corpus.name
         chunks = ChunkStore(folder("chunks", name))
-        listed = name in note["neighbors"]
-        neighbors = NeighborLists(folder("neighbors", name)) if listed else None
+        read = "neighbors" if settings.selection is None else "selection"
+        listed = name in note[read]
+        neighbors = NeighborLists(folder(read, name)) if listed else None
         told = SplitOfCorpus(name, corpus.split, settings.splits, duplicates)
         split = told.of(chunks.documents)
-        identity = [chunks.key, note["neighbors"].get(name), corpus.split]
+        identity = [chunks.key, note[read].get(name), corpus.split]
         sequences = None
         if settings.packing is not None and name in note["packing"]:
             sequences = PackedSequences(folder("packing", name))

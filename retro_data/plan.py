@@ -36,9 +36,11 @@ from retro_data.exact import Search, Vectors
 from retro_data.index import ADD_BYTES
 from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
 from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
+from retro_data.lexical import overlap_scores
 from retro_data.packing import BLOCK_CHUNKS
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.scan import SCAN_BYTES
+from retro_data.selection import BATCH_CANDIDATES, SelectionSettings
 from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
 from retro_data.splits import TRAINING, SplitOfCorpus
 from retro_data.stage import Engine, complete
@@ -53,6 +55,7 @@ DUPLICATE_BYTES_A_DOCUMENT = 200  # beside its signature, that telling near-dupl
 SEARCH_ROWS = {"cpu": (1024, 16_384), "cuda": (16_384, 262_144)}  # queries and rows
 KMEANS_ROUNDS = 10  # of faiss
 LEAKAGE_BYTES_A_TOKEN = 40  # of a chunk, for each of its neighbors in one batch
+SELECTION_BYTES_A_TOKEN = 60  # the same
 PROBED_LISTS = 32  # of an inverted file, a guess: nprobe is found when the index is built
 SCAN_BYTES_A_DOCUMENT = 57  # that a scan keeps of each document of one block
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -367,6 +370,15 @@ def _pair_seconds(chunk_size: int) -> float:
     return (time.monotonic() - began) / len(rows)
 
 
+def _score_seconds(chunk_size: int) -> float:
+    """Seconds to count what a chunk and a candidate share on this machine."""
+    rows = np.random.default_rng(0).integers(0, 1000, (128, 33, chunk_size)).astype(np.uint16)
+    mask = np.ones(rows.shape, bool)
+    began = time.monotonic()
+    overlap_scores(rows[:, 0], rows[:, 1:], mask[:, 0], mask[:, 1:])
+    return (time.monotonic() - began) / (128 * 32)
+
+
 # ---- reckoning -----------------------------------------------------------------------------------
 
 
@@ -401,6 +413,8 @@ class _Reckoning:
             index_bytes = stages[-1].bytes
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
+        if self.settings.selection is not None:
+            stages += [self._selection(name, self.settings.selection) for name in queried]
         stages += [self._leakage(c) for c in self.settings.corpora if self._evaluates(c)]
         if self.settings.packing is not None:
             trained = [c for c in self.settings.corpora if c.split in TRAINING]
@@ -516,8 +530,7 @@ class _Reckoning:
     def _neighbors(self, name: str, index_bytes: int) -> StagePlan:
         rows, dim = self.chunks[name], self.measured.dim
         neighbors = self.settings.neighbors
-        wide = 8 if self.database_rows >= 2**31 else 4
-        size = rows * neighbors.num_stored * (wide + 4)
+        size = self._list_bytes(name)
         admitted = self.database_rows * self.measured.admitted
         base = self.measured.memory["chunks"] + self.database_rows
         if self.search == "exact":
@@ -531,6 +544,26 @@ class _Reckoning:
             seconds, how = flop / self._rate("cpu"), "from the rate of products"
             memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
+
+    def _list_bytes(self, name: str) -> int:
+        wide = 8 if self.database_rows >= 2**31 else 4
+        return self.chunks[name] * self.settings.neighbors.num_stored * (wide + 4)
+
+    def _selection(self, name: str, settings: SelectionSettings) -> StagePlan:
+        rows, size = self.chunks[name], self._list_bytes(name)
+        chunk_size, pairs = (
+            self.settings.chunks.chunk_size,
+            rows * self.settings.neighbors.num_stored,
+        )
+        chunks = self.measured.steps[f"chunks {name}"]
+        workers = self._workers(chunks, rows / BATCH_CHUNKS)
+        of_batch = BATCH_CANDIDATES * chunk_size * SELECTION_BYTES_A_TOKEN
+        memory = workers * (self.measured.memory["chunks"] + of_batch + self.database_rows)
+        seconds = pairs * _pair_seconds(chunk_size) if settings.max_overlap is not None else 0.0
+        seconds += pairs * _score_seconds(chunk_size) if settings.rerank is not None else 0.0
+        return StagePlan(
+            f"selection {name}", rows, size, 2 * size, memory, seconds / workers, "measured"
+        )
 
     def _evaluates(self, corpus: CorpusSettings) -> bool:
         return self.settings.evaluates(corpus.split)

@@ -30,6 +30,7 @@ class ChunkReader:
     def __init__(self, stores: DatabaseStores, follow: int, prefetch: bool) -> None:
         self.first_rows = np.asarray(stores.first_rows, np.int64)
         self.num_rows = len(stores)
+        self.chunk_size = stores.stores[0].chunk_size
         self.stores = [_StoreReader(store, follow, prefetch) for store in stores.stores]
         self.dtype = np.result_type(*[store.tokens.dtype for store in stores.stores])
         documents = [len(store.documents) for store in stores.stores]

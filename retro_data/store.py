@@ -10,6 +10,7 @@
       database/<key>/           admitted_<store>.npy · manifest.json
       index/<key>/              00000.index · manifest.json
       neighbors/<name>-<key>/   ids.npy · distances.npy · manifest.json
+      selection/<name>-<key>/   ids.npy · distances.npy · manifest.json
       leakage/<name>-<key>/     rows.npy · real_tokens.npy · own.npy · seen.npy · manifest.json
       packing/<name>-<key>/     sequences.npy · manifest.json
       prepared/<settings>.json  which keys a configuration was last prepared to
@@ -34,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 STAGES = (
     *("corpus", "tokenizer", "chunks", "embeddings", "shingles", "duplicates"),
-    *("database", "index", "neighbors", "leakage", "packing"),
+    *("database", "index", "neighbors", "selection", "leakage", "packing"),
 )
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
@@ -54,7 +55,7 @@ DOCUMENT_TOKENS = "documents_tokens.npy"  # (D,) int64
 DOCUMENT_BYTES = "documents_bytes.npy"  # (D,) int64: of the text in UTF-8
 DOCUMENT_ID_BYTES = "documents_id_bytes.npy"  # one UTF-8 blob, uint8
 DOCUMENT_ID_OFFSETS = "documents_id_offsets.npy"  # (D + 1,) int64
-# neighbors
+# neighbors, selection
 NEIGHBOR_IDS = "ids.npy"  # (N, K) int32 or int64: global rows of the database, -1 for none
 NEIGHBOR_DISTANCES = "distances.npy"  # (N, K) float32
 # leakage
@@ -265,10 +266,11 @@ class Embeddings:
 
 
 class NeighborLists:
-    """Stored candidates of every chunk of one store.
+    """Stored candidates of every chunk of one store, all of them or a selection.
 
     Attributes:
-        ids: (N, K) global database rows in order of distance, -1 (missing) at the end.
+        ids: (N, K) global database rows in order of distance, or as they were ranked again; -1
+            (missing) at the end.
         distances: (N, K) float32.
     """
 
@@ -290,8 +292,9 @@ class LeakageTable:
         real_tokens: (E,) of each chunk, without bos.
         own: (E, L) tokens of the longest substring that the chunk shares with each of its own L
             nearest neighbors, in their order.
-        seen: (E, L) the same with the neighbors of the chunk before, of the same document: what a
-            model sees while it predicts the chunk. 0 for a document's first chunk.
+        seen: (E, L) the same with the neighbors of the chunk before, of the same document (the
+            selected ones, if there is a selection): what a model sees while it predicts the chunk.
+            0 for a document's first chunk.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -37,6 +37,7 @@ def test_the_plan_holds(small: Small, tmp_path: Path, monkeypatch: pytest.Monkey
         **small(
             corpus={"name": "c", "path": str(tmp_path / "corpus")},
             neighbors={"num_stored": 8, "search": "exact"},
+            selection={"max_overlap": 0.5, "rerank": "bm25"},
             near_duplicates={},
             packing={"seq_len": 256},
         )
@@ -57,7 +58,9 @@ def test_the_plan_holds(small: Small, tmp_path: Path, monkeypatch: pytest.Monkey
             far = 0.3 if stage.title.startswith("leakage") else 0.1  # of some 24 documents
             assert stage.rows == pytest.approx(rows or manifest["rows"], rel=far), stage
         assert stage.memory > 0
-        if stage.title.split()[0] in ("chunks", "embeddings", "shingles", "neighbors"):
+        if stage.title.split()[0] in (
+            *("chunks", "embeddings", "shingles", "neighbors", "selection"),
+        ):
             assert stage.bytes == pytest.approx(made[stage.title].bytes, rel=0.2, abs=8000), stage
             assert stage.seconds > 0
     assert found.chunks == pytest.approx(made["embeddings c"].bytes / 2 / found.dim, rel=0.1)

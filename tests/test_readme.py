@@ -83,6 +83,11 @@ def test_shell_commands_run(workplace: Path) -> None:
     assert "neighbor 1" in out
 
 
+def test_stored_neighbors_are_selected_by_one_command(workplace: Path) -> None:
+    (block,) = blocks(section("## Filters and re-ranking"), "bash")
+    assert "selection corpus: " in run(block, workplace)
+
+
 def test_python_code_runs(workplace: Path) -> None:
     (code,) = blocks(section("## Use it"), "python")
     (workplace / "example.py").write_text(f"if __name__ == '__main__':\n{_indent(code)}")

@@ -21,6 +21,7 @@ from retro_data.index import IndexSettings
 from retro_data.neighbors import NeighborSettings
 from retro_data.packing import PackingSettings
 from retro_data.pipeline import Settings
+from retro_data.selection import SelectionSettings
 from retro_data.shingles import NearDuplicateSettings
 from retro_data.splits import SplitSettings
 from retro_data.tokenizer import TokenizerSettings
@@ -46,6 +47,10 @@ FIELDS: dict[type, tuple[str, str]] = {
         "max_query_ms threads",
     ),
     NeighborSettings: ("search exact_rows metric num_stored", "block_rows memory"),
+    SelectionSettings: (
+        "min_distance max_distance max_overlap one_per_document distinct rerank",
+        "",
+    ),
     NearDuplicateSettings: ("jaccard containment ngram num_perm", ""),
     PackingSettings: ("seq_len", ""),
     EngineSettings: ("", "kind devices workers address gpus cpus memory tries"),
@@ -90,6 +95,7 @@ STAGE_FIELDS = {
     "database": "stores splits admitted share",
     "index": "metric " + FIELDS[IndexSettings][0],
     "neighbors": "name search metric num_stored",
+    "selection": "name " + FIELDS[SelectionSettings][0],
     "leakage": "name nearest split splits covers_training",
     "packing": "name seq_len split splits",
 }
@@ -103,7 +109,8 @@ STAGE_PARENTS = {
     "database": {"chunks small", "duplicates"},
     "index": {"database", "embeddings 0"},
     "neighbors": {"database", "embeddings", "embeddings 0", "index"},
-    "leakage": {"chunks", "neighbors", "duplicates"},
+    "selection": {"chunks", "neighbors", "database"},
+    "leakage": {"chunks", "neighbors", "selection", "duplicates"},
     "packing": {"chunks", "duplicates"},
 }
 
@@ -113,6 +120,7 @@ def arguments(small: Any) -> dict[str, Any]:
     return small(
         neighbors={"search": "index", "num_stored": 8},
         index={"factory": "Flat"},
+        selection={"rerank": "bm25"},
         near_duplicates={},
         packing={"seq_len": 64},
     )
@@ -126,12 +134,11 @@ def test_the_key_of_each_stage_is_made_of_these_fields(arguments: dict[str, Any]
     assert {s.name: set(s.parents()) for s in stages} == STAGE_PARENTS
 
 
-def test_without_near_duplicates_no_key_knows_of_them(arguments: dict[str, Any]):
-    stages = [
-        s.stage for s in pipeline.steps(Settings.create(**arguments | {"near_duplicates": None}))
-    ]
-    assert not {"shingles", "duplicates"} & {s.name for s in stages}
-    assert not any("duplicates" in s.parents() for s in stages)
+def test_what_is_off_is_known_to_no_key(arguments: dict[str, Any]):
+    off = arguments | {"near_duplicates": None, "selection": None}
+    stages = [s.stage for s in pipeline.steps(Settings.create(**off))]
+    assert not {"shingles", "duplicates", "selection"} & {s.name for s in stages}
+    assert not any({"duplicates", "selection"} & set(s.parents()) for s in stages)
 
 
 def test_each_parent_is_the_key_of_an_earlier_stage(arguments: dict[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import make_documents, write_jsonl
 from prepared import Made
+from test_pipeline import Recorder
 
-from retro_data import store
+from retro_data import pipeline, store
 from retro_data.database import (
     Database,
     DatabasePlace,
@@ -21,6 +23,7 @@ from retro_data.database import (
 )
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
+from retro_data.pipeline import Settings
 from retro_data.scan import document_key, keys_array
 from retro_data.splits import SPLITS, SplitSettings, split_of_documents
 from retro_data.stage import complete
@@ -191,6 +194,97 @@ def test_a_validation_document_is_never_found_though_it_equals_a_training_one(
         assert (found.ids[begin:end] == rows[:, None]).any(1).all()
         of_twin = found.ids[first : first + end - begin]
         assert not ((of_twin >= begin) & (of_twin < end)).any(), "the twin does not find it"
+
+
+@pytest.fixture
+def planted(tmp_path: Path, small: Small) -> dict[str, Any]:
+    """Training text, text to validate on, and a library in which three validation texts stand, too.
+
+    The first two under their own ids, one of them as it is and one in capitals, the third under another.
+    """
+    held, names = make_documents(8, seed=5, longest=200), ("train", "held", "library")
+    of_held = [held[0], {**held[1], "text": held[1]["text"].upper()}, {**held[2], "id": "other"}]
+    contents = (documents(20, 1), held, [*documents(12, 9)[8:], *of_held])
+    groups = corpora(tmp_path, **dict(zip(names, contents, strict=True)))
+    for group, split in zip(groups, ("train", "val", "database"), strict=True):
+        group["split"] = split
+    return small(corpus=groups, neighbors={"num_stored": 8, "search": "exact"})
+
+
+PLANTED = slice(4, 7)  # documents of the library
+
+
+def test_a_planted_validation_document_is_seen_in_leakage_or_left_out(
+    planted: dict[str, Any],
+) -> None:
+    """Ids say nothing across corpora: what tells is the text."""
+    for left_out in (False, True):
+        made = Made({**planted, "near_duplicates": {} if left_out else None})
+        chunks, library = made.chunks("held"), made.chunks("library")
+        assert library.documents.id(4) == chunks.documents.id(0)
+        admitted = np.load(made.folder("database") / store.admitted_name(2))
+        assert admitted[PLANTED].tolist() == [not left_out] * 3
+        assert admitted[:4].all()
+        table = store.LeakageTable(made.folder("leakage held"))
+        leaks = table.own.max(1) == table.real_tokens
+        of = chunks.document_of_chunk[table.rows]
+        first = library.documents.first_chunk[[PLANTED.start, PLANTED.stop]]
+        first = first + len(made.chunks("train")) + len(chunks)
+        ids = made.neighbors("held").ids[:]
+        found = ((ids >= first[0]) & (ids < first[1])).any(1)
+        if left_out:
+            lines = (made.folder("duplicates") / store.LEFT_OUT).read_text("utf-8").splitlines()
+            assert {json.loads(line)["evaluation_id"] for line in lines} == {
+                chunks.documents.id(d) for d in range(3)
+            }
+            assert not leaks[of < 3].any()
+            assert not found.any()
+        else:
+            assert leaks[(of == 0) | (of == 2)].all()
+            assert found[of < 3].any()
+            shares = made.figures("leakage held")["chunks_with_r_at_most"]
+            assert shares[-2] <= 1 - leaks.mean() + 1e-6
+
+
+def test_validation_text_is_retrieved_on_request_alone_and_never_by_itself(
+    planted: dict[str, Any],
+) -> None:
+    with pytest.raises(RetroDataError, match=r"empty.*'held'.*database\.splits"):
+        Made({**planted, "database": {"corpora": ["held"]}}, "database")
+    asked = {"corpora": ["held"], "splits": ["train", "val"]}
+    made = Made({**planted, "database": asked})
+    chunks, ids = made.chunks("held"), made.neighbors("held").ids[:]
+    assert (ids >= 0).any(1).all()
+    rows = np.broadcast_to(np.arange(len(chunks))[:, None], ids.shape)[ids >= 0]
+    document = chunks.document_of_chunk
+    assert (document[ids[ids >= 0]] != document[rows]).all()
+
+
+def test_another_database_at_test_time_costs_its_own_stages_alone(planted: dict[str, Any]) -> None:
+    arguments = {
+        **planted,
+        "neighbors": {"num_stored": 4, "search": "index"},
+        "index": {"factory": "Flat"},
+        "packing": {"seq_len": 64},
+        "selection": {"rerank": "bm25"},
+    }
+    names = ("train", "held", "library")
+
+    def made_for(database: str) -> set[str]:
+        recorder = Recorder()
+        settings = Settings.create(**{**arguments, "database": {"corpora": [database]}})
+        pipeline.prepare(settings, recorder)
+        opened = pipeline.open_prepared(settings)
+        assert [s.name for s in opened.database.stores] == [database]
+        rows = len(opened.corpora[names.index(database)].chunks)
+        for corpus in opened.corpora[:2]:  # those that train and evaluate ask this database alone
+            assert corpus.neighbors is not None
+            assert 0 <= corpus.neighbors.ids[:].max() < rows
+        return set(recorder.made)
+
+    assert {"chunks", "embeddings", "packing", "database", "leakage"} < made_for("train")
+    assert made_for("library") == {"database", "index", "neighbors", "selection", "leakage"}
+    assert made_for("train") == set()
 
 
 # ---- refusals and keys ---------------------------------------------------------------------------

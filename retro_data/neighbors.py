@@ -20,9 +20,9 @@ from retro_data import artifact, store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
-from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, rank
+from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, nearest, rank, recall
 from retro_data.index import SearchIndex, load_index
-from retro_data.quality import neighbor_quality
+from retro_data.quality import neighbor_quality, sample_rows
 from retro_data.row_readers import ChunkReader
 from retro_data.stage import (
     Block,
@@ -38,6 +38,10 @@ from retro_data.store import ChunkStore, Embeddings
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+
+RECALL_QUERIES = 256  # chunks whose neighbors found by index are held against exact ones, at most
+RECALL_PAIRS = 2**35  # of such a chunk and a database row: fewer chunks of a huge database
+RECALL_AT = 10
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,8 @@ class NeighborStage:
         counts = total_counts(receipts)
         used = max(1, counts["used_candidates"])
         quality = self._quality(folder)
+        if self.index is not None:
+            quality |= self._recall(folder)
         log.info("neighbors %s: %s", self.corpus, quality)
         return {
             "arrays": arrays,
@@ -256,6 +262,27 @@ class NeighborStage:
         )
         reader = ChunkReader(database.stores, chunks.chunk_size, prefetch=False)
         return neighbor_quality(chunks, ids, distances, reader, database.admitted)
+
+    def _recall(self, folder: Path) -> dict[str, Any]:
+        """Of what came of the index, for this corpus' own chunks; None where nothing can be found."""
+        database, chunks = self.database.open(), ChunkStore(self.chunks[0])
+        ids = artifact.open_array(folder / store.NEIGHBOR_IDS)
+        k = min(RECALL_AT, ids.shape[1])
+        most = min(RECALL_QUERIES, max(16, RECALL_PAIRS // max(1, database.shape[0])))
+        rows = np.sort(sample_rows(np.random.default_rng(0), len(ids), most))
+        keys = chunks.documents.keys[chunks.document_of_chunk[rows]]
+        truth = nearest(
+            Vectors(list(Embeddings(self.embeddings[0]).blocks())).take(rows),
+            database.vectors,
+            k,
+            metric=self.settings.metric,  # type: ignore[arg-type]
+            excluded=database.rows_of_documents(keys),
+            admitted=database.admitted,
+            memory_bytes=self.settings.memory,
+        )
+        found = recall(ids[rows, :k].astype(np.int64), truth.ids)
+        some = bool((truth.ids >= 0).any())
+        return {"recall": found if some else None, "recall_at": k, "recall_queries": len(rows)}
 
 
 def is_last_of_document(chunks: ChunkStore, document: Array, block: Block) -> Array:

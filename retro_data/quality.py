@@ -42,7 +42,7 @@ def neighbor_quality(
         successor_bigrams: as `successor_bigrams`, of the nearest neighbor, and of a random chunk.
     """
     rng = np.random.default_rng(0)
-    rows = _sample(rng, len(ids), DISTANCE_CHUNKS)
+    rows = sample_rows(rng, len(ids), DISTANCE_CHUNKS)
     foretold = rows[: 4 * FORETOLD_CHUNKS]
     foretold = foretold[_has_successor(chunks, foretold) & (ids[foretold, 0] >= 0)]
     foretold = foretold[:FORETOLD_CHUNKS]
@@ -141,7 +141,7 @@ def _stride(admitted: Array) -> int:
     return max(1, -(-len(admitted) // HUB_ROWS))
 
 
-def _sample(rng: np.random.Generator, rows: int, most: int) -> Array:
+def sample_rows(rng: np.random.Generator, rows: int, most: int) -> Array:
     """At most so many of `rows` rows, in random order."""
     if rows <= most:
         return rng.permutation(rows)

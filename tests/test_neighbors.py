@@ -11,6 +11,7 @@ import pytest
 from conftest import WORDS, make_documents
 from prepared import Made, corpus_of
 
+from retro_data import neighbors
 from retro_data.database import Database
 from retro_data.errors import RetroDataError
 from retro_data.exact import recall
@@ -138,7 +139,10 @@ def test_a_long_document_that_fills_every_list_is_searched_past(
     assert recall(made.neighbors().ids[long].astype(np.int64), ids[long]) > 0.99
 
 
-def test_an_approximate_index_finds_what_its_recall_says(small: Small) -> None:
+def test_an_approximate_index_finds_what_its_recall_says(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "RECALL_QUERIES", 10**6)
     index = {"factory": "IVF16,Flat", "recall_queries": 10**6, "target_recall": 0.9}
     made = Made(small(neighbors={"num_stored": 10, "search": "index"}, index=index))
     measured = made.figures("index")["recall"]
@@ -146,6 +150,9 @@ def test_an_approximate_index_finds_what_its_recall_says(small: Small) -> None:
     ids, _ = truth(made, 10)
     assert measured >= 0.9
     assert recall(found, ids) >= measured - 0.05
+    figures = made.figures("neighbors small")
+    assert figures["recall"] == pytest.approx(recall(found, ids), abs=1e-3)  # truth: in float64
+    assert (figures["recall_at"], figures["recall_queries"]) == (10, len(found))
     assert (
         load_index(made.folder("index")).parameters == (made.manifest("index")["search_parameters"])
     )

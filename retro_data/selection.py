@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
+NUMBERS = ("min_distance", "max_distance", "max_overlap")  # filters by a bound, in their order
+SWITCHES = ("one_per_document", "distinct")  # filters that are on or off
 RERANK = ("bm25", "overlap")
 BATCH_CANDIDATES = 2**15  # whose tokens are read at once
 
@@ -73,6 +76,14 @@ class SelectionSettings:
     rerank: str | None = keyed(None)
 
     def __post_init__(self) -> None:
+        for name in NUMBERS:
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and math.isfinite(value)):
+                raise RetroDataError(f"selection.{name}={value!r}: expected null or a number.")
+        for name in SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise RetroDataError(f"selection.{name}={value!r}: expected true or false.")
         low, high = self.min_distance, self.max_distance
         if low is not None and high is not None and low > high:
             raise RetroDataError(
@@ -92,12 +103,8 @@ class SelectionSettings:
     @property
     def filters(self) -> list[str]:
         """Names of the filters that are on, in the order in which they apply."""
-        found = [
-            name
-            for name in ("min_distance", "max_distance", "max_overlap")
-            if getattr(self, name) is not None
-        ]
-        return found + [n for n in ("one_per_document", "distinct") if getattr(self, n)]
+        bounds = [name for name in NUMBERS if getattr(self, name) is not None]
+        return bounds + [name for name in SWITCHES if getattr(self, name)]
 
     @property
     def is_on(self) -> bool:
@@ -113,7 +120,7 @@ class Candidates:
     """Those of some chunks, in order; every step changes `keep`, or the order of all.
 
     Attributes:
-        ids, distances: (R, K) as they are stored.
+        ids, distances: (R, K) as they are stored; of dropped ones meaningless.
         documents: (R, K) int64, global, meaningless where there is none.
         texts: (R, K) opaque items of a chunk's tokens, equal where these are.
         keep: (R, K) bool.
@@ -140,19 +147,15 @@ class Candidates:
 
     def drop_repeated(self, one_per_document: bool, distinct: bool) -> None:
         """Drop each candidate whose document, or whose text, is that of one kept before it."""
-        dropped = {"one_per_document": 0, "distinct": 0}
+        unique = {"one_per_document": self.documents} if one_per_document else {}
+        unique |= {"distinct": self.texts} if distinct else {}
+        self.dropped |= dict.fromkeys(unique, 0)
         for j in range(1, self.keep.shape[1]):
             before, now = self.keep[:, :j], self.keep[:, j]
-            for name, values, on in (
-                ("one_per_document", self.documents, one_per_document),
-                ("distinct", self.texts, distinct),
-            ):
-                if on:
-                    repeats = now & (before & (values[:, :j] == values[:, j : j + 1])).any(1)
-                    dropped[name] += int(repeats.sum())
-                    now &= ~repeats
-        asked = {"one_per_document": one_per_document, "distinct": distinct}
-        self.dropped |= {name: n for name, n in dropped.items() if asked[name]}
+            for name, values in unique.items():
+                repeats = now & (before & (values[:, :j] == values[:, j : j + 1])).any(1)
+                self.dropped[name] += int(repeats.sum())
+                now &= ~repeats
 
 
 @dataclass

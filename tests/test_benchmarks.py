@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_documents, write_jsonl
 
@@ -88,6 +89,15 @@ def test_pipeline_growth_is_a_row_and_a_unit_of_work(capsys: pytest.CaptureFixtu
     line = capsys.readouterr().out.splitlines()[-1]
     # wall doubled a row, stayed a token; CPU stayed, blocks halved
     assert " ".join(line.split()) == "chunks 4.0x 10 s 20 s 2.00 1.00 1.00 0.50 +50 MiB 1.25x"
+
+
+def test_a_known_neighbor_is_right_when_it_shares_a_verse() -> None:
+    """Of four chunks one is without a verse, one is right at once, one only by its second candidate."""
+    module = runpy.run_path(str(BENCHMARKS / "known_neighbors.py"))
+    verses = [frozenset(v) for v in ("ab", "bc", "", "d")]
+    ids = np.array([[1, 2], [3, 0], [0, 1], [2, -1]])
+    assert module["share_right"](ids[:, 0], verses) == (pytest.approx(1 / 3), 3)
+    assert module["share_with_a_right_one"](ids, verses) == pytest.approx(2 / 3)
 
 
 def test_the_cost_model_is_what_it_says(

@@ -355,6 +355,9 @@ def test_nothing_left_is_stored_as_the_search_stores_it(
     [
         ({"min_distance": 2, "max_distance": 1}, r"min_distance=2 is above .*max_distance=1"),
         ({"max_overlap": 1}, r"max_overlap=1: expected a share"),
+        ({"min_distance": "near"}, r"min_distance='near': expected null or a number"),
+        ({"max_distance": float("nan")}, r"max_distance=nan: expected null or a number"),
+        ({"distinct": "yes"}, r"distinct='yes': expected true or false"),
         ({"rerank": "tfidf"}, r"rerank='tfidf': expected null, bm25 or overlap"),
         ({"bm25": True}, r"selection\.bm25.*rerank"),
     ],

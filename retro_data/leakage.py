@@ -247,7 +247,7 @@ def _measure(context: LeakageContext, rows: Array, width: int) -> tuple[Array, A
     chunks, before = context.queries, np.maximum(rows - 1, 0)
     document = chunks.document_of_chunk
     follows = (rows > 0) & (document[rows] == document[before])
-    queries = query_text(chunks, rows, context.bos_id)
+    queries, mask = query_text(chunks, rows, context.bos_id)
     if context.seen is context.neighbors:
         # Most chunks come after one that is asked for, too: its neighbors are read once.
         asked = np.union1d(rows, before[follows])
@@ -255,10 +255,10 @@ def _measure(context: LeakageContext, rows: Array, width: int) -> tuple[Array, A
     else:
         own = _Retrieved(context, context.neighbors, rows, width)
         seen = _Retrieved(context, context.seen, np.unique(before[follows]), width)
-    longest = [np.zeros((len(rows), width), np.int64) for _ in range(2)]
-    longest[0] = own.shared(queries[0], queries[1], rows)
-    longest[1][follows] = seen.shared(queries[0][follows], queries[1][follows], before[follows])
-    return queries[1].sum(1), longest[0], longest[1]
+    longest = own.shared(queries, mask, rows)
+    longest_seen = np.zeros_like(longest)
+    longest_seen[follows] = seen.shared(queries[follows], mask[follows], before[follows])
+    return mask.sum(1), longest, longest_seen
 
 
 class _Retrieved:
@@ -293,10 +293,9 @@ def query_text(chunks: ChunkStore, rows: Array, bos_id: int | None) -> tuple[Arr
 
 def retrieved_mask(tokens: Array, lengths: Array, chunk_size: int, bos_id: int | None) -> Array:
     """The same of what a `ChunkReader` read: tokens (n, chunk_size + follow) and lengths (n, 2)."""
-    real = np.arange(chunk_size) < lengths[..., None]
-    mask: Array = real.reshape(len(tokens), -1)[:, : tokens.shape[1]] & (
-        tokens != _no_token(bos_id)
-    )
+    read = -(-tokens.shape[1] // chunk_size)  # 1 for the chunk alone, 2 with what follows it
+    real = (np.arange(chunk_size) < lengths[:, :read, None]).reshape(len(tokens), -1)
+    mask: Array = real[:, : tokens.shape[1]] & (tokens != _no_token(bos_id))
     return mask
 
 

@@ -632,7 +632,12 @@ class Bench:
                 "precision": "fp32",
                 "block_rows": 200,
             },
-            "index": {"factory": "IVF4,Flat", "threads": 1, "recall_queries": 50},
+            "index": {
+                "factory": "IVF4,Flat",
+                "threads": 1,
+                "recall_queries": 50,
+                "shard_rows": 300,
+            },
             "neighbors": {"search": search, "num_stored": 4, "block_rows": 200},
             "selection": {"distinct": True, "rerank": "bm25"},
             "near_duplicates": {},

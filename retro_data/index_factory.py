@@ -21,6 +21,8 @@ FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
 SMALL_ROWS = 10_000  # below, scanning everything costs less than a millisecond or two
 LARGEST_GRAPH_ROWS = 10_000_000  # linking a row into a graph takes a core about a millisecond
 MANY_LISTS = 2**14  # from here on, finding the nearest centroids needs an index of its own
+SHARDS = 16  # files of an index that is as large as it may be
+SMALLEST_SHARD = 2**20  # rows: fewer are soon added by one worker
 POINTS_PER_LIST = 39  # fewer than this and k-means centroids are noise (faiss' own limit)
 FLAT = "Flat"
 
@@ -105,6 +107,20 @@ def estimated_bytes(factory: str, rows: int, dim: int) -> int:
     centroids = int(lists[1]) if lists else 0
     linked = centroids or rows
     return size + 4 * centroids * width + (linked * (8 * int(graph[1]) + 20) if graph else 0)
+
+
+def choose_shard_rows(factory: str, rows: int, dim: int, memory: str) -> int:
+    """Rows of each file of an index, such that none takes more than a sixteenth of the budget.
+
+    So workers that each hold a file in the making hold no more than the budget between them. A
+    file has a million rows at least, unless there are fewer.
+
+    Args:
+        rows: of the whole index.
+        memory: the budget, as `parse_memory` takes it.
+    """
+    share = parse_memory(memory) // SHARDS
+    return max(SMALLEST_SHARD, rows * share // max(1, estimated_bytes(factory, rows, dim)))
 
 
 # ---- planners ------------------------------------------------------------------------------------

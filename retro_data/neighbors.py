@@ -21,7 +21,7 @@ from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
 from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, nearest, rank, recall
-from retro_data.index import SearchIndex, load_index
+from retro_data.index_search import SearchIndex, load_index
 from retro_data.quality import neighbor_quality, sample_rows
 from retro_data.row_readers import ChunkReader
 from retro_data.stage import (

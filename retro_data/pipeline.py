@@ -1,7 +1,7 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► index ─► neighbors ─► selection
-       └─► shingles ─► duplicates ────────────────┘                       └─► leakage, packing
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► codebook ─► index ─► neighbors ─► selection
+       └─► shingles ─► duplicates ────────────────┘                         └─► leakage, packing
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens
@@ -23,13 +23,15 @@ import numpy as np
 from retro_data import artifact, integrity, store
 from retro_data.artifact import canonical_json
 from retro_data.chunks import ChunkSettings, ChunkStage
+from retro_data.codebook import CodebookStage
 from retro_data.corpus import CorpusSettings, open_reader
 from retro_data.database import DatabasePlace, DatabaseSettings, DatabaseStage, StoreOfDatabase
 from retro_data.embedder import EmbedderSettings
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import EngineSettings, LocalEngine, open_engine
 from retro_data.errors import RetroDataError
-from retro_data.index import IndexSettings, IndexStage
+from retro_data.index import IndexStage
+from retro_data.index_settings import IndexSettings
 from retro_data.leakage import LeakageStage
 from retro_data.near_duplicates import DuplicateStage, SplitCorpus
 from retro_data.neighbors import NeighborSettings, NeighborStage
@@ -314,7 +316,10 @@ def steps(settings: Settings, *, read_all: bool = False) -> Iterator[Step]:
         search = settings.neighbors.resolve(place.rows)
     index = None
     if search == "index":
-        index = step(IndexStage(settings.index, settings.neighbors.metric, place))
+        metric = settings.neighbors.metric
+        codebook = step(CodebookStage(settings.index, metric, place))
+        yield codebook
+        index = step(IndexStage(settings.index, metric, place, codebook.place))
         yield index
     neighbors = {}
     for name in names:

@@ -27,13 +27,14 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from retro_data import tokenizer as lm
+from retro_data.codebook import TRAINING_BYTES, has_gpu_wheel
 from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open_reader
 from retro_data.embedder import embedder_dim, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import LocalEngine
 from retro_data.errors import RetroDataError
 from retro_data.exact import Search, Vectors
-from retro_data.index import ADD_BYTES
+from retro_data.index import SHARD_THREADS, shards_of, worker_bytes
 from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
 from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
 from retro_data.lexical import overlap_scores
@@ -43,7 +44,7 @@ from retro_data.scan import SCAN_BYTES
 from retro_data.selection import BATCH_CANDIDATES, SelectionSettings
 from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
 from retro_data.splits import TRAINING, SplitOfCorpus
-from retro_data.stage import Engine, complete
+from retro_data.stage import Engine, Resources, complete
 from retro_data.store import ChunkStore
 
 SAMPLE_BYTES = 8 * 2**20  # of text, spread over the corpora
@@ -58,6 +59,7 @@ LEAKAGE_BYTES_A_TOKEN = 40  # of a chunk, for each of its neighbors in one batch
 SELECTION_BYTES_A_TOKEN = 60  # the same
 PROBED_LISTS = 32  # of an inverted file, a guess: nprobe is found when the index is built
 SCAN_BYTES_A_DOCUMENT = 57  # that a scan keeps of each document of one block
+PRODUCTS = "from the rate of products"
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 TABLE_BYTES_A_DOCUMENT = 64  # that opening a chunk store or a database takes
 
@@ -113,7 +115,8 @@ class Plan:
                 found.append(
                     f"memory: {stage.title} needs {format_memory(stage.memory)}, "
                     f"{format_memory(self.memory_free)} are free. Lower engine.workers"
-                    f"{', index.max_index_memory' if stage.title == 'index' else ''}"
+                    f"{', index.sample_size' if stage.title == 'codebook' else ''}"
+                    f"{', index.shard_rows, index.max_index_memory' if stage.title == 'index' else ''}"
                     f"{', neighbors.memory' if stage.title.startswith('neighbors') else ''}."
                 )
         return found
@@ -409,7 +412,7 @@ class _Reckoning:
         stages.append(self._database())
         index_bytes = 0
         if self.search == "index":
-            stages.append(self._index())
+            stages += [self._codebook(), self._index()]
             index_bytes = stages[-1].bytes
         queried = [c.name for c in self.settings.corpora if c.split != "database"]
         stages += [self._neighbors(name, index_bytes) for name in queried]
@@ -444,7 +447,7 @@ class _Reckoning:
         return cast(StagePlan, getattr(self, f"_{step.stage.name}")(title, step))
 
     def _workers(self, step: Step, blocks: float) -> int:
-        return max(1, len(self.engine.places(step.stage, max(1, int(blocks)))))
+        return max(1, len(self.engine.places(step.stage.resources, max(1, int(blocks)))))
 
     def _corpus(self, title: str, step: Step) -> StagePlan:
         share = self.shares[str(step.corpus)]
@@ -512,20 +515,35 @@ class _Reckoning:
     def _rate(self, device: str) -> float:
         return _product_rate(self.measured.dim, self.settings.neighbors.num_stored, device)
 
-    def _index(self) -> StagePlan:
+    def _codebook(self) -> StagePlan:
         index, dim = self.settings.index, self.measured.dim
-        rows = int(self.database_rows * self.measured.admitted)
+        rows = self._admitted_rows()
         self.factory = index.factory or choose_factory(
             index.planner, rows, dim, index.max_index_memory, index.memory_mapped
         )
-        size = estimated_bytes(self.factory, rows, dim)
-        training = min(rows, index.sample_size)
-        lists = _lists(self.factory)
-        flop = 2.0 * dim * lists * (training * KMEANS_ROUNDS + rows)
-        memory = self.measured.memory["chunks"] + max(2 * 4 * dim * training, size)
-        memory += min(ADD_BYTES, 4 * rows * dim) + self.database_rows
-        seconds = flop / self._rate("cpu")
-        return StagePlan("index", rows, size, size, memory, seconds, "from the rate of products")
+        size, training = estimated_bytes(self.factory, 0, dim), min(rows, index.sample_size)
+        seconds = 2.0 * dim * _lists(self.factory) * training * KMEANS_ROUNDS / self._rate("cpu")
+        memory = self.measured.memory["chunks"] + self.database_rows
+        memory += TRAINING_BYTES * dim * training + size
+        return StagePlan("codebook", training, size, size, memory, seconds, PRODUCTS)
+
+    def _index(self) -> StagePlan:
+        index, dim, factory = self.settings.index, self.measured.dim, str(self.factory)
+        rows = self._admitted_rows()
+        blocks = shards_of(index, factory, self.database_rows, dim)
+        trained = estimated_bytes(factory, 0, dim)
+        truth = len(blocks) * index.recall_queries * index.recall_at * 12
+        size = estimated_bytes(factory, rows, dim) + (len(blocks) - 1) * trained + truth
+        flop = 2.0 * dim * rows * (_lists(factory) + index.recall_queries)
+        largest = max(block.stop - block.start for block in blocks)
+        held = worker_bytes(factory, largest * rows // max(1, self.database_rows), dim)
+        wanted = Resources(gpu=has_gpu_wheel(), threads=SHARD_THREADS if len(blocks) > 1 else 0)
+        workers = max(1, len(self.engine.places(wanted, len(blocks))))
+        memory = workers * (self.measured.memory["chunks"] + held + self.database_rows)
+        return StagePlan("index", rows, size, size, memory, flop / self._rate("cpu"), PRODUCTS)
+
+    def _admitted_rows(self) -> int:
+        return int(self.database_rows * self.measured.admitted)
 
     def _neighbors(self, name: str, index_bytes: int) -> StagePlan:
         rows, dim = self.chunks[name], self.measured.dim
@@ -541,7 +559,7 @@ class _Reckoning:
         else:
             lists = _lists(str(self.factory))
             flop = 2.0 * rows * dim * (lists + PROBED_LISTS * admitted / max(1, lists))
-            seconds, how = flop / self._rate("cpu"), "from the rate of products"
+            seconds, how = flop / self._rate("cpu"), PRODUCTS
             memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
 

@@ -8,7 +8,8 @@
       shingles/<name>-<key>/    shingles.npy · shingle_counts.npy · … · manifest.json
       duplicates/<key>/         splits_<corpus>.npy · left_out.jsonl · manifest.json
       database/<key>/           admitted_<store>.npy · manifest.json
-      index/<key>/              00000.index · manifest.json
+      codebook/<key>/           trained.index · manifest.json
+      index/<key>/              00000.index … · truth_ids.npy · truth_distances.npy · manifest.json
       neighbors/<name>-<key>/   ids.npy · distances.npy · manifest.json
       selection/<name>-<key>/   ids.npy · distances.npy · manifest.json
       leakage/<name>-<key>/     rows.npy · real_tokens.npy · own.npy · seen.npy · manifest.json
@@ -20,7 +21,7 @@ Everything opened here is read-only and memory-mapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ Array = np.ndarray[Any, Any]
 
 STAGES = (
     *("corpus", "tokenizer", "chunks", "embeddings", "shingles", "duplicates"),
-    *("database", "index", "neighbors", "selection", "leakage", "packing"),
+    *("database", "codebook", "index", "neighbors", "selection", "leakage", "packing"),
 )
 KEY_LETTERS = 16  # of the key's 64, in folder names: 64 bits
 
@@ -55,6 +56,11 @@ DOCUMENT_TOKENS = "documents_tokens.npy"  # (D,) int64
 DOCUMENT_BYTES = "documents_bytes.npy"  # (D,) int64: of the text in UTF-8
 DOCUMENT_ID_BYTES = "documents_id_bytes.npy"  # one UTF-8 blob, uint8
 DOCUMENT_ID_OFFSETS = "documents_id_offsets.npy"  # (D + 1,) int64
+# codebook
+TRAINED_INDEX = "trained.index"  # centroids and codes, no row
+# index
+TRUTH_IDS = "truth_ids.npy"  # (files * Q, k) int64: rows of each file nearest to the recall queries
+TRUTH_DISTANCES = "truth_distances.npy"  # (files * Q, k) float32
 # neighbors, selection
 NEIGHBOR_IDS = "ids.npy"  # (N, K) int32 or int64: global rows of the database, -1 for none
 NEIGHBOR_DISTANCES = "distances.npy"  # (N, K) float32
@@ -108,6 +114,15 @@ def block_name(block: int, suffix: str = "npy") -> str:
 
 def index_name(file: int = 0) -> str:
     return block_name(file, "index")
+
+
+def is_index(name: str) -> bool:
+    return name.endswith(".index")
+
+
+def index_names(files: Iterable[str]) -> list[str]:
+    """Those that are files of an index, in order."""
+    return sorted(filter(is_index, files), key=lambda name: int(name.split(".")[0]))
 
 
 def part_name(block: int, kind: str) -> str:

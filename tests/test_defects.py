@@ -300,6 +300,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "recall_queries": 9,
         "sample_size": 99,
         "seed": 9,
+        "shard_rows": 99,
     },
     "neighbors": {"search": "exact", "metric": "ip", "num_stored": 3, "exact_rows": 9},
 }

@@ -206,10 +206,10 @@ def test_threads_are_shared_among_the_workers():
     cores = len(os.sched_getaffinity(0))
     for workers in (1, cores, 2 * cores):
         stage = ArithmeticStage(1000, Path("unused"))
-        places = local(workers).places(stage, 100)
+        places = local(workers).places(stage.resources, 100)
         assert len(places) == workers
         assert {v["OMP_NUM_THREADS"] for _, v in places} == {str(max(1, cores // workers))}
-    assert len(local(0).places(ArithmeticStage(1000, Path("unused")), 100)) == cores
+    assert len(local(0).places(ArithmeticStage(1000, Path("unused")).resources, 100)) == cores
 
 
 def test_a_childs_environment_can_be_told_more():
@@ -251,9 +251,9 @@ def test_one_worker_takes_all_devices_where_a_stage_wants_them_together(
     stage = ArithmeticStage(1000, Path("unused"))
     stage.resources = Resources(gpu=True)
     alone = [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in ("3", "5")]
-    assert LocalEngine().places(stage, 100) == alone
+    assert LocalEngine().places(stage.resources, 100) == alone
     stage.resources = Resources(gpu=True, together=True)
-    assert LocalEngine().places(stage, 100) == [("cuda", {"CUDA_VISIBLE_DEVICES": "3,5"})]
+    assert LocalEngine().places(stage.resources, 100) == [("cuda", {"CUDA_VISIBLE_DEVICES": "3,5"})]
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_data import artifact, index_factory, integrity, store
+from retro_data import artifact, codebook, index_factory, integrity, store
+from retro_data.codebook import CodebookStage, Trainer, draw_rows
 from retro_data.database import DatabasePlace
-from retro_data.engines.inline import InlineEngine
+from retro_data.engines import EngineSettings, InlineEngine, LocalEngine, local
+from retro_data.engines.local import StageFailed
 from retro_data.errors import RetroDataError
-from retro_data.index import (
-    IndexSettings,
-    IndexStage,
-    SearchIndex,
-    _Builder,
-    _first_of_the_best,
-    _Measured,
-    load_index,
+from retro_data.index import Adder, IndexStage
+from retro_data.index_factory import (
+    choose_factory,
+    choose_shard_rows,
+    estimated_bytes,
+    parse_memory,
 )
-from retro_data.index_factory import choose_factory, estimated_bytes, parse_memory
-from retro_data.stage import complete, stage_key
+from retro_data.index_search import Measured, SearchIndex, first_of_the_best, load_index, merge
+from retro_data.index_settings import IndexSettings
+from retro_data.stage import Block, Receipt, Stage, complete, read_receipts, stage_key
 
 Array = np.ndarray[Any, Any]
 DIM = 16
@@ -106,9 +107,19 @@ def build(
     place: DatabasePlace, folder: Path, metric: str = "l2", **changes: Any
 ) -> tuple[SearchIndex, dict[str, Any]]:
     chosen: dict[str, Any] = {"planner": "builtin", "recall_queries": 200, "threads": 1, **changes}
-    stage = IndexStage(IndexSettings(**chosen), metric, place)
+    stage = index_stage(IndexSettings(**chosen), metric, place, folder)
     manifest = complete(stage, folder, InlineEngine())
     return load_index(folder), manifest
+
+
+def index_stage(
+    settings: IndexSettings, metric: str, place: DatabasePlace, folder: Path, device: str = "cpu"
+) -> IndexStage:
+    """The stage of an index in `folder`; what it is trained to lies beside it."""
+    training = CodebookStage(settings, metric, place)
+    trained = folder.with_name(f"{folder.name}-codebook"), stage_key(training)
+    complete(training, trained[0], InlineEngine(device))
+    return IndexStage(settings, metric, place, trained)
 
 
 def exact_others(place: DatabasePlace, k: int, metric: str = "l2") -> tuple[Array, Array]:
@@ -262,9 +273,9 @@ def test_a_target_out_of_reach_is_told_with_numbers(
 
 
 def test_more_time_for_nothing_is_not_spent() -> None:
-    steps = [_Measured({"nprobe": 2**i}, r, 1.0, 1) for i, r in enumerate((0.5, 0.8, 0.804, 0.803))]
-    assert _first_of_the_best(steps) is steps[1]
-    assert _first_of_the_best(steps[:1]) is steps[0]
+    steps = [Measured({"nprobe": 2**i}, r, 1.0, 1) for i, r in enumerate((0.5, 0.8, 0.804, 0.803))]
+    assert first_of_the_best(steps) is steps[1]
+    assert first_of_the_best(steps[:1]) is steps[0]
 
 
 def test_a_slow_query_is_told_and_changes_nothing(
@@ -324,7 +335,8 @@ def test_too_few_rows_to_train_on_make_a_flat_index(
     with caplog.at_level(logging.INFO):
         index, manifest = build(place, tmp_path / "index", factory="IVF128,Flat")
     assert manifest["factory"] == "Flat"
-    assert manifest["fields"]["factory"] == "IVF128,Flat"
+    trained = store.finished(tmp_path / "index-codebook")
+    assert trained["fields"]["factory"] == "IVF128,Flat"
     assert "IVF128,Flat needs 128 vectors to train on, found 100" in caplog.text
     assert share_found(index, place, 5) == 1.0
 
@@ -356,34 +368,39 @@ def test_centroids_are_trained_where_a_gpu_would_be(
 ) -> None:
     """Not by faiss on its own, which knows no GPU, no seed of ours and no single-threaded graph."""
     trained = []
-    whole = _Builder._train_centroids
+    whole = Trainer._train_centroids
 
-    def train(self: _Builder, inverted: Any, sample: Array) -> None:
-        whole(self, inverted, sample)
-        trained.append(inverted.quantizer.ntotal)
+    def train(self: Trainer, lists: Any, sample: Array) -> None:
+        whole(self, lists, sample)
+        trained.append(lists.quantizer.ntotal)
 
-    monkeypatch.setattr(_Builder, "_train_centroids", train)
-    builder = _Builder(IndexSettings(factory=factory), "l2", place.open(), "cpu")
-    added = builder.build()
+    monkeypatch.setattr(Trainer, "_train_centroids", train)
+    trainer = Trainer(IndexSettings(factory=factory), "l2", place.open(), "cpu")
+    trainer.train()
     assert trained == [16]
-    assert builder.index.ntotal == added.sum() > 0
+    assert trainer.index.is_trained
+    assert trainer.index.ntotal == 0
 
 
-def test_lists_found_by_a_separate_index_of_centroids_are_the_same(place: DatabasePlace) -> None:
+def test_lists_found_by_a_separate_index_of_centroids_are_the_same(
+    tmp_path: Path, place: DatabasePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU the centroids lie there, and rows are added to lists that it found."""
+    stage = index_stage(IndexSettings(factory="PCA8,IVF16,SQfp16"), "l2", place, tmp_path / "i")
+    trained = stage.codebook[0] / store.TRAINED_INDEX
+    vectors = place.open().rows(100, 700).astype(np.float32)
     made = []
     for separate in (False, True):
-        settings = IndexSettings(factory="PCA8,IVF16,SQfp16")
-        builder = _Builder(settings, "l2", place.open(), "cpu")
-        builder._train()
-        if separate:
-            quantizer = faiss.extract_index_ivf(builder.index).quantizer
-            builder.assigner = faiss.IndexFlat(8)
-            builder.assigner.add(quantizer.reconstruct_n(0, 16))
-        for ids, vectors in builder._addable():
-            builder._add(ids, vectors)
-        made.append(faiss.serialize_index(builder.index))
+        adder = Adder(trained, "l2", "cpu")
+        if separate:  # as if in the memory of a GPU
+            monkeypatch.setattr(adder, "gpu", "one")
+            monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *given: given[2], raising=False)
+        index = adder.empty()
+        adder.add(index, np.arange(100, 700), vectors)
+        assert (adder.assigner is not None) == separate
+        made.append(faiss.serialize_index(index))
     assert np.array_equal(*made)
+    assert index.ntotal == 600
 
 
 @pytest.mark.gpu
@@ -395,10 +412,152 @@ def test_lists_found_by_a_separate_index_of_centroids_are_the_same(place: Databa
 def test_built_on_a_gpu_and_searched_on_a_cpu(
     tmp_path: Path, place: DatabasePlace, metric: str
 ) -> None:
-    stage = IndexStage(IndexSettings(factory="OPQ4_16,IVF16,SQfp16"), metric, place)
-    manifest = complete(stage, tmp_path, InlineEngine("cuda:0"))
+    """Trained there, and filled in three shards, whose rows find their lists there."""
+    settings = IndexSettings(factory="OPQ4_16,IVF16,SQfp16", shard_rows=400)
+    stage = index_stage(settings, metric, place, tmp_path / "index", "cuda:0")
+    with stage.open("cuda:0") as context:
+        assert context.adder.assigner is not None
+    manifest = complete(stage, tmp_path / "index", InlineEngine("cuda:0"))
+    assert manifest["figures"]["shards"] == 3
     assert manifest["figures"]["recall"] >= 0.95
-    assert share_found(load_index(tmp_path), place, 10, metric) >= 0.95
+    assert share_found(load_index(tmp_path / "index"), place, 10, metric) >= 0.95
+
+
+# ---- several files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "IVF16,Flat", "IVF16,SQfp16", "IVF16,PQ4x4", "PCA8,IVF16_HNSW8,PQ4x4"],
+)
+def test_shards_find_what_one_index_finds(
+    tmp_path: Path, place: DatabasePlace, factory: str, metric: str
+) -> None:
+    """The same distances, and the same rows but where several are as far as the last."""
+    queries = place.open().rows(0, 1200)[::60].astype(np.float32)
+    indexes = []
+    for shard_rows, files in ((0, 1), (700, 2), (173, 7)):
+        folder = tmp_path / str(shard_rows)
+        index, manifest = build(place, folder, metric, factory=factory, shard_rows=shard_rows)
+        assert manifest["figures"]["shards"] == files == len(list(folder.glob("*.index")))
+        assert integrity.damage(folder, read=True) == []
+        indexes.append((index, manifest))
+    (one, whole), *several = indexes
+    for index, manifest in several:
+        assert len(index) == len(one) == manifest["rows"]
+        assert manifest["search_parameters"] == whole["search_parameters"]
+        assert manifest["figures"]["recall_queries"] == whole["figures"]["recall_queries"]
+        # Codes tie, and another of those that are equally far may be found.
+        far = 0.02 if "PQ" in factory else 0
+        assert manifest["figures"]["recall"] == pytest.approx(whole["figures"]["recall"], abs=far)
+        for nprobe, k in ((1, 5), (4, 60), (16, 1200)):
+            one.parameters = index.parameters = one.parameters and {"nprobe": nprobe}
+            expected, found = one.search(queries, k), index.search(queries, k)
+            np.testing.assert_array_equal(found[0], expected[0])
+            inside = found[0] != found[0][:, -1:]  # of those as far as the last, any may be listed
+            for mine, theirs, real in zip(found[1], expected[1], inside, strict=True):
+                assert set(mine[real]) == set(theirs[real])
+
+
+def test_graphs_are_searched_together(tmp_path: Path, place: DatabasePlace) -> None:
+    index, manifest = build(place, tmp_path / "index", factory="HNSW16", shard_rows=250)
+    assert manifest["figures"]["shards"] == 5
+    assert manifest["figures"]["recall"] >= 0.95
+    assert share_found(index, place, 10) >= 0.95
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF16,SQfp16", "IVF16,PQ4x4"])
+def test_a_shard_without_a_row_is_an_empty_file(tmp_path: Path, factory: str) -> None:
+    vectors = clustered(900)
+    vectors[300:600] = 0
+    place = make_database(tmp_path, vectors)
+    index, manifest = build(place, tmp_path / "index", factory=factory, shard_rows=150)
+    assert len(list((tmp_path / "index").glob("*.index"))) == 6
+    assert faiss.read_index(str(tmp_path / "index" / store.index_name(2))).ntotal == 0
+    assert len(index) == manifest["rows"] == 600
+    hits = index.search(vectors[[0, 450, 899]], 20)[1]
+    assert ((hits >= -1) & ((hits < 300) | (hits >= 600))).all()
+    if "PQ" not in factory:
+        assert hits[0, 0] == 0
+        assert hits[2, 0] == 899
+
+
+def test_a_shard_is_a_sixteenth_of_the_budget_and_a_million_rows_at_least() -> None:
+    for factory, rows, dim, memory in (
+        ("IVF65536_HNSW32,SQfp16", 10**8, 768, "160G"),
+        ("OPQ64_256,IVF262144_HNSW32,PQ64", 10**9, 768, "80G"),
+        ("HNSW32", 10**7, 384, "32G"),
+    ):
+        most = choose_shard_rows(factory, rows, dim, memory)
+        assert 2**20 < most < rows
+        assert estimated_bytes(factory, rows, dim) * most / rows <= parse_memory(memory) / 16
+    assert choose_shard_rows("IVF4096,SQfp16", 10**6, 768, "16G") == 2**20 > 10**6
+    assert choose_shard_rows("Flat", 10**7, 768, "1M") == 2**20
+
+
+def test_the_nearest_of_lists_are_merged_with_ties_to_the_lower_id() -> None:
+    near = np.array([[1, 2, np.inf]], np.float32), np.array([[7, 3, -1]])
+    far = np.array([[1, 2, 2]], np.float32), np.array([[5, 9, 2]])
+    distances, ids = merge([near, far], 4, "l2")
+    assert distances.tolist() == [[1, 1, 2, 2]]
+    assert ids.tolist() == [[5, 7, 2, 3]]
+    distances, ids = merge([near, far], 7, "ip")
+    assert ids.tolist() == [[2, 3, 9, 5, 7, -1]]
+    assert distances[0, -1] == -np.inf
+
+
+class Unlucky(LocalEngine):
+    """Kills a worker as soon as the first block is done."""
+
+    def run(self, stage: Stage, folder: Path, missing: Sequence[Block]) -> Iterator[Receipt]:
+        children: list[local._Child] = []
+        make = local._Child.__init__
+
+        def remembered(child: local._Child, *given: Any) -> None:
+            make(child, *given)
+            children.append(child)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local._Child, "__init__", remembered)
+            receipts = super().run(stage, folder, missing)
+            yield next(receipts)
+        assert len(children) == 2
+        children[1].process.kill()
+        yield from receipts
+
+
+def test_a_killed_worker_costs_its_shard_and_a_resume_makes_the_same_bytes(
+    tmp_path: Path, place: DatabasePlace
+) -> None:
+    settings = IndexSettings(factory="IVF16,SQfp16", shard_rows=60, threads=1)
+    engine = EngineSettings(devices=(), workers=2)
+    folder = tmp_path / "killed"
+    stage = index_stage(settings, "l2", place, folder)
+    with pytest.raises(StageFailed, match=r"index: the worker process .* was killed by SIGKILL"):
+        complete(stage, folder, Unlucky(engine))
+    assert not store.is_finished(folder)
+    done = {receipt.block: receipt for receipt in read_receipts(folder)}
+    assert 0 < len(done) < 20
+    resumed = complete(stage, folder, LocalEngine(engine))
+    assert all(receipt in read_receipts(folder) for receipt in done.values())
+    _, whole = build(place, tmp_path / "whole", factory="IVF16,SQfp16", shard_rows=60)
+    for name in ("files", "search_parameters", "rows"):
+        assert resumed[name] == whole[name]
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 10_000])
+def test_rows_are_drawn_from_all_that_are_admitted(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebook, "DRAWN_AT_ONCE", 97)
+    admitted = np.random.default_rng(0).random(3000) < 0.3
+    admitted[500:1000] = False
+    rows = np.flatnonzero(admitted)
+    expected = np.random.default_rng([3, 4]).choice(
+        rows, min(count, len(rows)), replace=False, shuffle=False
+    )
+    assert draw_rows(admitted, count, [3, 4]).tolist() == np.sort(expected).tolist()
 
 
 # ---- choosing ------------------------------------------------------------------------------------
@@ -521,16 +680,30 @@ def test_the_installed_wheel_is_found() -> None:
 
 
 def test_what_keys_an_index(place: DatabasePlace) -> None:
-    stage = IndexStage(IndexSettings(), "l2", place)
-    assert set(stage.key_fields()) == {
-        *("metric", "planner", "factory", "max_index_memory", "memory_mapped", "target_recall"),
-        *("recall_at", "recall_queries", "sample_size", "seed"),
+    def stages(metric: str = "l2", **changes: Any) -> tuple[CodebookStage, IndexStage]:
+        training = CodebookStage(IndexSettings(**changes), metric, place)
+        trained = Path("nowhere"), stage_key(training)
+        return training, IndexStage(training.settings, metric, place, trained)
+
+    training, index = stages()
+    assert set(training.key_fields()) == {
+        *("metric", "planner", "factory", "max_index_memory", "memory_mapped", "sample_size"),
+        "seed",
     }
-    assert stage.parents() == place.parents()
-    assert stage_key(pickle.loads(pickle.dumps(stage))) == stage_key(stage)
-    assert stage_key(IndexStage(IndexSettings(), "ip", place)) != stage_key(stage)
-    free = IndexStage(IndexSettings(threads=3, max_query_ms=1), "l2", place)
-    assert stage_key(free) == stage_key(stage)
+    assert set(index.key_fields()) == {
+        *("metric", "target_recall", "recall_at", "recall_queries", "shard_rows"),
+    }
+    assert training.parents() == place.parents()
+    assert index.parents() == {"codebook": stage_key(training), **place.parents()}
+    keys = [stage_key(stage) for stage in stages()]
+    assert [stage_key(pickle.loads(pickle.dumps(stage))) for stage in stages()] == keys
+    assert [stage_key(stage) for stage in stages(threads=3, max_query_ms=1)] == keys
+    for change in ({"metric": "ip"}, {"seed": 1}, {"sample_size": 9}):
+        other = [stage_key(stage) for stage in stages(**change)]
+        assert other[0] != keys[0]
+        assert other[1] != keys[1]
+    assert stage_key(stages(shard_rows=100)[0]) == keys[0]  # nothing is trained again
+    assert stage_key(stages(shard_rows=100)[1]) != keys[1]
 
 
 def test_a_finished_index_is_whole_and_a_damaged_one_is_told(
@@ -570,6 +743,7 @@ def test_memory_is_parsed(number: int, unit: str, suffix: str) -> None:
         {"recall_queries": 0},
         {"sample_size": 0},
         {"max_query_ms": 0},
+        {"shard_rows": -1},
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:

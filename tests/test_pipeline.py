@@ -30,6 +30,7 @@ STAGES = (
     "chunks",
     "embeddings",
     "database",
+    "codebook",
     "index",
     "neighbors",
     "leakage",
@@ -66,7 +67,7 @@ def base(corpus: Path, tiny_encoder: Path) -> Arguments:
         "chunk_size": 16,
         "chunks": {"block_bytes": 16384},
         "embedder": {"name": str(tiny_encoder), "precision": "fp32", "block_rows": 200},
-        "index": {"factory": "IVF8,Flat"},
+        "index": {"factory": "IVF8,Flat", "shard_rows": 400},
         "neighbors": {"search": "index", "num_stored": 8, "block_rows": 300},
     }
 
@@ -146,8 +147,10 @@ def stages_changed(base: Arguments, other: Arguments, tmp_path: Path) -> set[str
     return {stage for stage in STAGES if before.get(stage) != after.get(stage)}
 
 
-FROM_EMBEDDINGS = {"embeddings", "index", "neighbors", "leakage"}
-FROM_DATABASE = {"database", "index", "neighbors", "leakage"}
+FROM_INDEX = {"index", "neighbors", "leakage"}
+FROM_CODEBOOK = {"codebook", *FROM_INDEX}
+FROM_EMBEDDINGS = {"embeddings", *FROM_CODEBOOK}
+FROM_DATABASE = {"database", *FROM_CODEBOOK}
 FROM_CHUNKS = {"chunks", *FROM_EMBEDDINGS, "database"}
 FROM_TOKENIZER = {"tokenizer", *FROM_CHUNKS}
 ALL = set(STAGES)
@@ -181,15 +184,16 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("embedder.block_rows", 7, set()),
     ("database.splits", ["train", "val"], FROM_DATABASE),
     ("database.corpora", ["small"], set()),  # all there is, named
-    ("index.factory", "Flat", {"index", "neighbors", "leakage"}),
-    ("index.seed", 1, {"index", "neighbors", "leakage"}),
-    ("index.sample_size", 1000, {"index", "neighbors", "leakage"}),
-    ("index.target_recall", 0.5, {"index", "neighbors", "leakage"}),
-    ("index.recall_at", 5, {"index", "neighbors", "leakage"}),
+    ("index.factory", "Flat", FROM_CODEBOOK),
+    ("index.seed", 1, FROM_CODEBOOK),
+    ("index.sample_size", 1000, FROM_CODEBOOK),
+    ("index.target_recall", 0.5, FROM_INDEX),
+    ("index.recall_at", 5, FROM_INDEX),
+    ("index.shard_rows", 500, FROM_INDEX),
     ("index.threads", 1, set()),
     ("index.max_query_ms", 1.0, set()),
-    ("neighbors.metric", "ip", {"index", "neighbors", "leakage"}),
-    ("neighbors.search", "exact", {"index", "neighbors", "leakage"}),
+    ("neighbors.metric", "ip", FROM_CODEBOOK),
+    ("neighbors.search", "exact", FROM_CODEBOOK),
     ("neighbors.num_stored", 9, {"neighbors", "leakage"}),
     ("neighbors.exact_rows", 5, set()),  # without a word where search is not auto
     ("neighbors.block_rows", 9, set()),
@@ -379,7 +383,9 @@ KILLS = [
     ("embeddings", 0, 1),
     ("embeddings", 3, 2),
     ("database", 0, 2),
+    ("codebook", 0, 1),
     ("index", 0, 1),
+    ("index", 1, 3),
     ("index", -1, 2),
     ("neighbors", 1, 4),
     ("neighbors", -1, 3),
@@ -617,7 +623,7 @@ def test_status_tells_what_is_there(base: Arguments, reference: Path, tmp_path: 
     states = {row.title.split()[0]: row for row in pipeline.status(Settings.create(root, **base))}
     assert [states[stage].state for stage in STAGES] == ["finished"] * 3 + ["partial"] + [
         "missing"
-    ] * 4
+    ] * 5
     assert states["embeddings"].blocks_done == 1
     assert (states["embeddings"].blocks or 0) > 3
 

@@ -17,7 +17,7 @@ from retro_data.corpus import CorpusSettings
 from retro_data.database import DatabaseSettings
 from retro_data.embedder import EmbedderSettings
 from retro_data.engines import EngineSettings, InlineEngine
-from retro_data.index import IndexSettings
+from retro_data.index_settings import IndexSettings
 from retro_data.neighbors import NeighborSettings
 from retro_data.packing import PackingSettings
 from retro_data.pipeline import Settings
@@ -43,7 +43,7 @@ FIELDS: dict[type, tuple[str, str]] = {
     DatabaseSettings: ("splits corpora share", ""),
     IndexSettings: (
         "planner factory max_index_memory memory_mapped target_recall recall_at recall_queries "
-        "sample_size seed",
+        "sample_size seed shard_rows",
         "max_query_ms threads",
     ),
     NeighborSettings: ("search exact_rows metric num_stored", "block_rows memory"),
@@ -93,7 +93,8 @@ STAGE_FIELDS = {
     "shingles": "name ngram num_perm minhash_version",
     "duplicates": "corpora splits jaccard containment",
     "database": "stores splits admitted share",
-    "index": "metric " + FIELDS[IndexSettings][0],
+    "codebook": "metric planner factory max_index_memory memory_mapped sample_size seed",
+    "index": "metric target_recall recall_at recall_queries shard_rows",
     "neighbors": "name search metric num_stored",
     "selection": "name " + FIELDS[SelectionSettings][0],
     "leakage": "name nearest split splits covers_training",
@@ -107,7 +108,8 @@ STAGE_PARENTS = {
     "shingles": {"corpus"},
     "duplicates": {"chunks small", "shingles small"},
     "database": {"chunks small", "duplicates"},
-    "index": {"database", "embeddings 0"},
+    "codebook": {"database", "embeddings 0"},
+    "index": {"codebook", "database", "embeddings 0"},
     "neighbors": {"database", "embeddings", "embeddings 0", "index"},
     "selection": {"chunks", "neighbors", "database"},
     "leakage": {"chunks", "neighbors", "selection", "duplicates"},
@@ -132,6 +134,12 @@ def test_the_key_of_each_stage_is_made_of_these_fields(arguments: dict[str, Any]
         name: set(fields.split()) for name, fields in STAGE_FIELDS.items()
     }
     assert {s.name: set(s.parents()) for s in stages} == STAGE_PARENTS
+
+
+def test_each_keyed_setting_of_an_index_keys_one_of_its_stages():
+    fields = IndexSettings().training_fields(), IndexSettings().filling_fields()
+    assert {*fields[0], *fields[1]} == set(FIELDS[IndexSettings][0].split())
+    assert not set(fields[0]) & set(fields[1])
 
 
 def test_what_is_off_is_known_to_no_key(arguments: dict[str, Any]):

@@ -23,7 +23,7 @@ def test_prepare_by_index_and_read(small: Callable[..., dict[str, Any]], tmp_pat
     )
     datamodule.prepare_data()
     datamodule.setup("fit")
-    (manifest,) = (path for path in (tmp_path / "root" / "index").glob("*/manifest.json"))
+    (manifest,) = (path for path in (tmp_path / "root" / "codebook").glob("*/manifest.json"))
     assert '"planner": "builtin"' in manifest.read_text()
     (corpus_data,) = datamodule.prepared.corpora
     figures = corpus_data.neighbors.manifest["figures"]

@@ -24,7 +24,7 @@ from retro_data.engines.inline import InlineEngine
 from retro_data.engines.pending import PendingBlocks
 from retro_data.engines.settings import EngineSettings
 from retro_data.errors import RetroDataError
-from retro_data.stage import Block, Receipt, Stage
+from retro_data.stage import Block, Receipt, Resources, Stage
 
 RANK_VARIABLES = (
     "MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK NODE_RANK GROUP_RANK ROLE_RANK "
@@ -54,7 +54,7 @@ class LocalEngine:
         if stage.resources.light:
             yield from InlineEngine().run(stage, folder, missing)
             return
-        places = self.places(stage, len(missing))
+        places = self.places(stage.resources, len(missing))
         children: dict[Connection, _Child] = {}
         pending = PendingBlocks(missing, len(places) if stage.resources.in_runs else 1)
         try:
@@ -80,15 +80,15 @@ class LocalEngine:
             for child in children.values():
                 child.stop()
 
-    def places(self, stage: Stage, blocks: int) -> list[tuple[str, dict[str, str]]]:
-        """(device, environment) of each worker that `run` starts for so many blocks."""
-        devices = visible_devices(self.settings.devices) if stage.resources.gpu else []
-        if devices and stage.resources.together:
+    def places(self, wanted: Resources, blocks: int) -> list[tuple[str, dict[str, str]]]:
+        """(device, environment) of each worker that `run` starts for so many blocks of a stage."""
+        devices = visible_devices(self.settings.devices) if wanted.gpu else []
+        if devices and wanted.together:
             return [("cuda", {"CUDA_VISIBLE_DEVICES": ",".join(devices)})]
         if devices:
             return [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]
         cores = available_cores()
-        threads = stage.resources.threads or cores
+        threads = wanted.threads or cores
         workers = self.settings.workers or max(1, cores // threads)
         workers = min(workers, blocks)
         return [("cpu", cpu_variables(max(1, cores // workers)))] * workers

@@ -1,0 +1,236 @@
+"""Searching an index of one or several files, and measuring how well it finds.
+
+Each file, a *shard*, holds its own rows of the database under their global ids. What the shards find
+is merged by distance. An index of short codes is searched as one whose inverted lists are those of all
+shards end to end: then the centroids, and the tables of distances to codes, which may outweigh the
+codes themselves, are there once and gone through once a query.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retro_data import artifact, store
+from retro_data.errors import RetroDataError
+from retro_data.exact import recall
+from retro_data.index_factory import import_faiss
+from retro_data.index_parts import (
+    Array,
+    Index,
+    inverted,
+    parameter_steps,
+    query_parameters,
+    threads,
+)
+
+PLATEAU = 0.005  # recall within this of the best is not worth twice the time
+
+
+def merge(found: Sequence[tuple[Array, Array]], k: int, metric: str) -> tuple[Array, Array]:
+    """The k nearest of several lists for each query, ties to the lower id.
+
+    Args:
+        found: (Q, any) float32 distances and int64 ids each, -1 where nothing was found.
+
+    Returns:
+        (Q, k) float32 distances and int64 ids, nearest first; +inf (l2) or -inf (ip) beside -1.
+    """
+    distances = np.concatenate([each for each, _ in found], axis=1)
+    ids = np.concatenate([each for _, each in found], axis=1)
+    worst = np.inf if metric == "l2" else -np.inf
+    distances[ids < 0] = worst
+    order = np.lexsort((ids, distances if metric == "l2" else -distances))[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+class Shards:
+    """The files of an index, read by memory map.
+
+    Args:
+        paths: of the files.
+        metric: "l2" or "ip".
+
+    Raises:
+        RuntimeError: a file is no index.
+    """
+
+    def __init__(self, paths: Sequence[Path], metric: str) -> None:
+        faiss = import_faiss()
+        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+        self.metric = metric
+        self.indexes = [faiss.read_index(str(paths[0]), flags)]
+        self.dim = int(self.indexes[0].d)
+        if len(paths) > 1 and isinstance(inverted(self.indexes[0]), faiss.IndexIVFPQ):
+            flags |= faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
+            self._end_to_end([faiss.read_index(str(path), flags) for path in paths])
+        else:
+            self.indexes += [faiss.read_index(str(path), flags) for path in paths[1:]]
+
+    def _end_to_end(self, parts: list[Index]) -> None:
+        """Give the one index the inverted lists of all."""
+        faiss, (whole,) = import_faiss(), self.indexes
+        lists = faiss.InvertedListsPtrVector()
+        for part in parts:
+            lists.push_back(inverted(part).invlists)
+        stack = faiss.HStackInvertedLists(lists.size(), lists.data())
+        inverted(whole).replace_invlists(stack, False)
+        inverted(whole).ntotal = whole.ntotal = sum(part.ntotal for part in parts)
+        self._kept = parts, stack  # faiss only points to them
+
+    def __len__(self) -> int:
+        return sum(int(index.ntotal) for index in self.indexes)
+
+    def steps(self) -> list[dict[str, int]]:
+        """Search parameters to try, cheapest first."""
+        return parameter_steps(self.indexes[0], len(self))
+
+    def search(
+        self, queries: Array, k: int, parameters: Mapping[str, int], selector: Any = None
+    ) -> tuple[Array, Array]:
+        """The k nearest that are found, as `SearchIndex.search` has them.
+
+        Args:
+            queries: (Q, d) float32.
+            parameters: e.g. {"nprobe": 16}, the same for each file.
+            selector: faiss' own, of the ids that may be found.
+        """
+        found = [
+            index.search(queries, k, params=query_parameters(index, parameters, selector))
+            for index in self.indexes
+        ]
+        if len(found) > 1:
+            return merge(found, k, self.metric)
+        distances, ids = found[0]
+        distances[ids < 0] = np.inf if self.metric == "l2" else -np.inf
+        return distances, ids
+
+
+class SearchIndex:
+    """A finished index, read by memory map, with the search parameters it was measured with.
+
+    Attributes:
+        metric: "l2" or "ip".
+        parameters: e.g. {"nprobe": 16}.
+        dim: of the vectors.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.metric: str = manifest["fields"]["metric"]
+        self.parameters: dict[str, int] = manifest["search_parameters"]
+        self.dim: int = manifest["dim"]
+        folder = Path(folder)
+        try:
+            paths = [folder / name for name in store.index_names(manifest["files"])]
+            self._shards = Shards(paths, self.metric)
+        except RuntimeError as error:
+            raise RetroDataError(
+                f"the index in {folder} cannot be read ({error}). {artifact.MEND}"
+            ) from error
+        if (len(self), self._shards.dim) != (manifest["rows"], self.dim):
+            raise RetroDataError(
+                f"the index in {folder} holds {len(self)} vectors of dimension "
+                f"{self._shards.dim}, its manifest says {manifest['rows']} of {self.dim}. "
+                f"{artifact.MEND}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def search(self, queries: Array, k: int) -> tuple[Array, Array]:
+        """The k nearest rows that the index finds.
+
+        Args:
+            queries: (n, d) float16 or float32.
+
+        Returns:
+            (n, k) float32 distances, squared L2 or inner product, and (n, k) int64 global rows,
+            nearest first. Beyond what was found, ids are -1 and distances +inf (l2) or -inf (ip).
+            An index that stores codes gives distances to the decoded vectors.
+
+        Raises:
+            RetroDataError: queries of another dimension.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise RetroDataError(
+                f"queries of shape {queries.shape}; this index holds vectors of dimension "
+                f"{self.dim}. Embed both by one encoder."
+            )
+        vectors = np.ascontiguousarray(queries, np.float32)
+        return self._shards.search(vectors, k, self.parameters)
+
+
+def load_index(folder: Path, manifest: Mapping[str, Any] | None = None) -> SearchIndex:
+    """Open a finished index.
+
+    Args:
+        folder: of the artifact.
+        manifest: its manifest; read from the folder where None.
+
+    Raises:
+        RetroDataError: it is unfinished or damaged, or faiss is missing.
+    """
+    return SearchIndex(folder, manifest if manifest is not None else store.finished(folder))
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """One row of the trade of recall against time; recall is None where nothing can be found."""
+
+    parameters: dict[str, int]
+    recall: float | None
+    ms_per_query: float
+    queries: int
+
+
+def measure(
+    shards: Shards, queries: Array, own: Array, truth: Array, target_recall: float
+) -> Measured:
+    """The cheapest search parameter that reaches the target recall, else one as good as the best.
+
+    Queries are searched one at a time on one thread, as generation does.
+
+    Args:
+        queries: (Q, d) float16 database rows.
+        own: (Q, 2) global rows [lo, hi) of each query's own document: neither in the truth nor found.
+        truth: (Q, k) int64, the nearest by exact search, -1 for none.
+    """
+    steps = shards.steps()
+    if not (truth >= 0).any():  # a single document, or none: any parameter would look perfect
+        return Measured(steps[-1], None, 0.0, 0)
+    tried, wide = [], queries.astype(np.float32)
+    for step in steps:
+        began = time.perf_counter()
+        ids = _search_others(shards, step, wide, own, truth.shape[1])
+        ms = 1000 * (time.perf_counter() - began) / len(queries)
+        found = recall(ids, truth)
+        tried.append(Measured(step, found, round(ms, 4), len(queries)))
+        if found >= target_recall:
+            return tried[-1]
+    return first_of_the_best(tried)
+
+
+def first_of_the_best(tried: Sequence[Measured]) -> Measured:
+    """The cheapest of those that find about as much as the one that finds most."""
+    recalls = np.array([one.recall for one in tried])
+    return tried[int(np.argmax(recalls >= recalls.max() - PLATEAU))]
+
+
+def _search_others(
+    shards: Shards, parameters: Mapping[str, int], queries: Array, own: Array, k: int
+) -> Array:
+    """(Q, k) int64 ids found for each query by itself, outside its own document."""
+    faiss = import_faiss()
+    ids = np.empty((len(queries), k), np.int64)
+    with threads(1):
+        for i, (low, high) in enumerate(own.tolist()):
+            inside = faiss.IDSelectorRange(low, high)
+            others = faiss.IDSelectorNot(inside)
+            ids[i] = shards.search(queries[i : i + 1], k, parameters, others)[1][0]
+    return ids

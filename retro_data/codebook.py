@@ -80,9 +80,14 @@ class CodebookStage:
         self.settings = settings
         self.metric = metric
         self.database = database
-        rows, dim = shape_of(database)
-        sample = min(settings.sample_size, rows)
-        self.resources = Resources(
+        self.resources = Resources()
+        with contextlib.suppress(RetroDataError):  # unfinished or damaged: nothing can be made yet
+            self.resources = self._resources()
+
+    def _resources(self) -> Resources:
+        rows, dim = shape_of(self.database)
+        sample = min(self.settings.sample_size, rows)
+        return Resources(
             gpu=has_gpu_wheel(),
             threads=0,
             light=rows < SMALL_ROWS,
@@ -123,12 +128,8 @@ class CodebookStage:
 
 
 def shape_of(database: DatabasePlace) -> tuple[int, int]:
-    """(rows, dim) of a database; (0, 0) where it is not finished yet, and nothing can be made of it."""
-    folders = (database.folder, *(folder for folder, _ in database.embeddings))
-    with contextlib.suppress(RetroDataError):
-        if all(map(store.is_finished, folders)):
-            return database.rows, store.Embeddings(folders[1]).shape[1]
-    return 0, 0
+    """(rows, dim) of a finished database."""
+    return database.rows, store.Embeddings(database.embeddings[0][0]).shape[1]
 
 
 def has_gpu_wheel() -> bool:

@@ -118,7 +118,7 @@ class IndexStage:
         self.metric = metric
         self.database = database
         self.codebook = codebook
-        self.resources = Resources(gpu=has_gpu_wheel(), threads=0)
+        self.resources = Resources()
         with contextlib.suppress(RetroDataError):  # unfinished or damaged: nothing can be made yet
             self.resources = self._resources()
 
@@ -239,7 +239,7 @@ def shards_of(settings: IndexSettings, factory: str, rows: int, dim: int) -> lis
     """Consecutive rows of a database for each file of its index, nearly as many for each."""
     most = settings.shard_rows or choose_shard_rows(factory, rows, dim, settings.max_index_memory)
     shards = max(1, -(-rows // most))
-    return tile(rows, -(-rows // shards)) if rows else [Block(0, 0, 0)]
+    return tile(rows, -(-rows // shards))
 
 
 def worker_bytes(factory: str, rows: int, dim: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -23,13 +24,13 @@ from test_configs import compose
 from test_pipeline import contents, differing
 from test_readme import blocks, section
 
-from retro_data import artifact, pipeline
+from retro_data import artifact, integrity, pipeline
 from retro_data.artifact import open_array
 from retro_data.cli import main
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
 from retro_data.engines.local import StageFailed
 from retro_data.errors import RetroDataError
-from retro_data.pipeline import Settings
+from retro_data.pipeline import Settings, steps
 from retro_data.stage import Block, Receipt, Stage, complete, read_receipts
 
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", uuid.uuid4().hex  # read once
@@ -234,6 +235,21 @@ def test_a_corpus_is_prepared_while_nodes_are_lost(
         receipts = read_receipts(folder)
         assert len({receipt.block for receipt in receipts}) == len(receipts)
         assert not list(folder.rglob(f"{artifact.TEMPORARY}*"))
+
+
+def test_the_files_of_an_index_are_made_by_a_cluster(
+    small: Any, engine: RayEngine, second: Any, began: Began
+):
+    """To the bytes that this process makes."""
+    index = {"factory": "IVF4,SQfp16", "shard_rows": 64}
+    settings = Settings.create(**small(index=index, neighbors={"search": "index"}))
+    for step in itertools.takewhile(lambda s: s.stage.name != "neighbors", steps(settings)):
+        inline = step.stage.name != "index"
+        manifest = complete(step.stage, step.folder, InlineEngine() if inline else engine)
+    assert list(began.workers) == ["index"]
+    assert manifest["figures"]["shards"] > 2
+    made = next(step for step in steps(settings) if step.stage.name == "index")
+    assert integrity.recompute(made.stage, made.folder, InlineEngine(), 1.0) == []
 
 
 def test_a_worker_is_no_rank_and_makes_two_blocks_at_once(

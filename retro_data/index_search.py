@@ -1,9 +1,11 @@
 """Searching an index of one or several files, and measuring how well it finds.
 
 Each file, a *shard*, holds its own rows of the database under their global ids. What the shards find
-is merged by distance. An index of short codes is searched as one whose inverted lists are those of all
-shards end to end: then the centroids, and the tables of distances to codes, which may outweigh the
-codes themselves, are there once and gone through once a query.
+is merged by distance. The inverted files of all have the same centroids, so which lists are looked into
+is found once a query; in each file anew, from its own copy, it would cost more than the lists do. Files
+of product codes are searched as one whose lists are those of all end to end: the copies of the lists
+that faiss makes for that are small, and its tables of distances to codes, which may outweigh the codes
+themselves, are there once.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from retro_data.index_parts import (
     parameter_steps,
     query_parameters,
     threads,
+    transform,
 )
 
 PLATEAU = 0.005  # recall within this of the best is not worth twice the time
@@ -65,11 +68,14 @@ class Shards:
         self.metric = metric
         self.indexes = [faiss.read_index(str(paths[0]), flags)]
         self.dim = int(self.indexes[0].d)
+        self._lists: list[Index] = []  # of several files
         if len(paths) > 1 and isinstance(inverted(self.indexes[0]), faiss.IndexIVFPQ):
             flags |= faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
             self._end_to_end([faiss.read_index(str(path), flags) for path in paths])
         else:
             self.indexes += [faiss.read_index(str(path), flags) for path in paths[1:]]
+            if len(paths) > 1 and inverted(self.indexes[0]) is not None:
+                self._lists = [inverted(index) for index in self.indexes]
 
     def _end_to_end(self, parts: list[Index]) -> None:
         """Give the one index the inverted lists of all."""
@@ -99,6 +105,8 @@ class Shards:
             parameters: e.g. {"nprobe": 16}, the same for each file.
             selector: faiss' own, of the ids that may be found.
         """
+        if self._lists:
+            return merge(self._of_lists(queries, k, parameters, selector), k, self.metric)
         found = [
             index.search(queries, k, params=query_parameters(index, parameters, selector))
             for index in self.indexes
@@ -108,6 +116,24 @@ class Shards:
         distances, ids = found[0]
         distances[ids < 0] = np.inf if self.metric == "l2" else -np.inf
         return distances, ids
+
+    def _of_lists(
+        self, queries: Array, k: int, parameters: Mapping[str, int], selector: Any
+    ) -> list[tuple[Array, Array]]:
+        """What each inverted file finds in the lists that the first one's centroids name."""
+        first = self._lists[0]
+        given = query_parameters(first, parameters, selector)
+        vectors = np.ascontiguousarray(transform(self.indexes[0], queries))
+        probes = min(given.nprobe, first.nlist)
+        near = first.quantizer.search(vectors, probes, params=given.quantizer_params)
+        pointer, count, found = import_faiss().swig_ptr, len(vectors), []
+        for lists in self._lists:
+            distances, ids = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+            question = count, pointer(vectors), k, pointer(near[1]), pointer(near[0])
+            # The wrapper without `_c` takes no parameters.
+            lists.search_preassigned_c(*question, pointer(distances), pointer(ids), False, given)
+            found.append((distances, ids))
+        return found
 
 
 class SearchIndex:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class CodebookStage:
 
     def _resources(self) -> Resources:
         rows, dim = shape_of(self.database)
-        sample = min(self.settings.sample_size, rows)
+        sample = min(self.settings.sample_size, rows)  # of which fewer may do
         return Resources(
             gpu=has_gpu_wheel(),
             threads=0,
@@ -130,6 +131,14 @@ class CodebookStage:
 def shape_of(database: DatabasePlace) -> tuple[int, int]:
     """(rows, dim) of a finished database."""
     return database.rows, store.Embeddings(database.embeddings[0][0]).shape[1]
+
+
+def rows_to_train_on(factory: str) -> int:
+    """Most vectors that an index of one of the planners' families is trained on; 0 for none."""
+    lists = re.search(r"IVF(\d+)", factory)
+    if not lists and not re.search(r"OPQ|PCA|PQ|SQ", factory):
+        return 0
+    return max(POINTS_PER_CODEBOOK, POINTS_PER_LIST * int(lists[1]) if lists else 0)
 
 
 def has_gpu_wheel() -> bool:

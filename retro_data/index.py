@@ -5,11 +5,12 @@
                    └► …                                 merge the nearest, search all, measure ◄─┘
 
 A block is a *shard*: consecutive global rows, which one worker adds to a copy of the trained index,
-batch by batch. So a worker holds the trained index, its shard and one batch, however large the whole
-is. While it has a batch in hand it also finds which of its rows are nearest to some database rows,
-the recall queries, by exact search; those of all shards merge into the truth that recall is
-measured against. The search parameter (nprobe, efSearch) is the smallest power of two whose recall@k
-reaches a target: it depends on the data and the seed, not on how fast this machine is.
+batch by batch. So a worker holds its shard (whose lists double as they grow: up to twice its bytes)
+and one batch, however large the whole is. While it has a batch in hand it also finds which of its
+rows are nearest to some database rows, the recall queries, by exact search; those of all shards merge
+into the truth that recall is measured against. The search parameter (nprobe, efSearch) is the smallest
+power of two whose recall@k reaches a target: it depends on the data and the seed, not on how fast this
+machine is.
 """
 
 from __future__ import annotations
@@ -243,9 +244,14 @@ def shards_of(settings: IndexSettings, factory: str, rows: int, dim: int) -> lis
 
 
 def worker_bytes(factory: str, rows: int, dim: int) -> int:
-    """Memory, about, of a worker that adds so many rows: the trained index, its shard, a batch."""
+    """Memory, about, of a worker that adds so many rows: its shard, and a batch of rows.
+
+    Lists double as they grow, so that a shard takes up to twice its bytes in the making.
+    """
     batch = min(ADD_BYTES, 4 * dim * rows)
-    return estimated_bytes(factory, rows, dim) + 2 * batch + min(TRUTH_BYTES, 64 * 2**20 + batch)
+    return (
+        2 * estimated_bytes(factory, rows, dim) + 2 * batch + min(TRUTH_BYTES, 64 * 2**20 + batch)
+    )
 
 
 # ---- adding --------------------------------------------------------------------------------------

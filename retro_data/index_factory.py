@@ -112,8 +112,8 @@ def estimated_bytes(factory: str, rows: int, dim: int) -> int:
 def choose_shard_rows(factory: str, rows: int, dim: int, memory: str) -> int:
     """Rows of each file of an index, such that none takes more than a sixteenth of the budget.
 
-    So workers that each hold a file in the making hold no more than the budget between them. A
-    file has a million rows at least, unless there are fewer.
+    So the budget bounds what a worker holds that makes one. A file has a million rows at least,
+    unless there are fewer.
 
     Args:
         rows: of the whole index.

@@ -24,9 +24,9 @@ class IndexSettings:
         planner: who chooses the index where `factory` is None: "autofaiss", or "builtin", which
             needs no package beyond faiss.
         factory: a faiss factory string, e.g. "IVF4096,SQfp16"; None lets the planner choose.
-        max_index_memory: largest size of the whole index, all its files together, e.g. "16G"; also
-            what building it takes, beside what the vectors trained on and each worker's batch of
-            rows take: workers that build shards hold no more than the index, if `shard_rows` is 0.
+        max_index_memory: largest size of the whole index, all its files together, e.g. "16G"; it
+            bounds what workers hold, too, unless `shard_rows` is set: beside their batches of rows,
+            twice a file each while its lists grow.
         memory_mapped: choose only what can be searched from disk through a memory map, so no HNSW
             graph over all vectors, whose search jumps all over the file.
         max_query_ms: latency budget of one query on one thread. A slower index is told in a
@@ -36,9 +36,9 @@ class IndexSettings:
         recall_queries: database rows drawn as queries to measure it.
         sample_size: most vectors to train on, drawn from all rows.
         seed: of the samples and of k-means.
-        shard_rows: database rows of one file of the index, a shard; each is made by one worker,
-            which holds it whole. 0 takes as many as fill a sixteenth of `max_index_memory`, and a
-            million at least: a small index is one file.
+        shard_rows: most database rows of one file of the index, a shard; each is made by one
+            worker, which holds it whole. 0 takes as many as fill a sixteenth of `max_index_memory`,
+            and a million at least: a small index is one file.
         threads: of training, and of each worker that adds rows; 0 leaves faiss its own number.
     """
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from retro_data import tokenizer as lm
-from retro_data.codebook import TRAINING_BYTES, has_gpu_wheel
+from retro_data.codebook import TRAINING_BYTES, has_gpu_wheel, rows_to_train_on
 from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open_reader
 from retro_data.embedder import embedder_dim, embedder_folder
 from retro_data.embeddings import EmbeddingStage
@@ -521,7 +521,8 @@ class _Reckoning:
         self.factory = index.factory or choose_factory(
             index.planner, rows, dim, index.max_index_memory, index.memory_mapped
         )
-        size, training = estimated_bytes(self.factory, 0, dim), min(rows, index.sample_size)
+        size = estimated_bytes(self.factory, 0, dim)
+        training = min(rows, index.sample_size, rows_to_train_on(self.factory))
         seconds = 2.0 * dim * _lists(self.factory) * training * KMEANS_ROUNDS / self._rate("cpu")
         memory = self.measured.memory["chunks"] + self.database_rows
         memory += TRAINING_BYTES * dim * training + size

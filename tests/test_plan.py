@@ -76,7 +76,17 @@ def test_an_index_is_planned_by_the_rows_that_will_be(
     found = plan.plan(settings, HereEngine())
     assert found.search == "index"
     assert found.factory == "Flat"
-    assert [row.title.split()[0] for row in found.stages][-3:] == ["index", "neighbors", "leakage"]
+    titles = ["codebook", "index", "neighbors", "leakage"]
+    assert [row.title.split()[0] for row in found.stages][-4:] == titles
+    pipeline.prepare(settings, InlineEngine())
+    made = {row.title: row for row in pipeline.status(settings)}
+    for stage in found.stages[-4:-2]:
+        manifest = pipeline.store.finished(made[stage.title].folder)
+        assert stage.rows == pytest.approx(manifest["rows"], rel=0.1), stage
+        files = {**manifest["files"], **manifest["arrays"]}
+        size = sum((made[stage.title].folder / name).stat().st_size for name in files)
+        assert stage.bytes == pytest.approx(size, rel=0.2, abs=1000), stage
+        assert stage.memory > 0
 
 
 def test_a_sample_is_spread_over_what_passes_by() -> None:

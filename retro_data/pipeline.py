@@ -1,7 +1,7 @@
 """The stages in their order: the only place that knows it.
 
-    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► codebook ─► index ─► neighbors ─► selection
-       └─► shingles ─► duplicates ────────────────┘                         └─► leakage, packing
+    corpus ─► tokenizer ─► chunks ─► embeddings ─► database ─► codebook ─► index ─► neighbors
+       └─► shingles ─► duplicates ────────────────┘      selection, leakage, packing ◄─┘
 
 `steps` names every artifact a configuration leads to; `prepare` brings each to its end, `status`
 looks, `check` refuses what is unfinished, `verify` reads everything back, and `open_prepared` opens

@@ -282,14 +282,14 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     },
     "tokenizer": {"vocab_size": 500, "sample_bytes": 1000},
     "chunks": {"chunk_size": 8, "bos": False, "tokenizer_backend": "nanotoken"},
-    "splits": {"val": 0.1, "test": 0.1, "salt": "other"},
+    "splits": {"val": 0.1, "test": 0.1, "database": 0.1, "salt": "other"},
     "embedder": {
         "pooling": "cls",
         "normalize": True,
         "precision": "bf16",
         "max_embed_tokens": 9,
     },
-    "database": {"splits": ("val",), "corpora": ("small",)},
+    "database": {"splits": ("val",), "corpora": ("small",), "share": 0.5},
     "index": {
         "planner": "builtin",
         "factory": "Flat",
@@ -303,6 +303,14 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "shard_rows": 99,
     },
     "neighbors": {"search": "exact", "metric": "ip", "num_stored": 3, "exact_rows": 9},
+    "selection": {
+        "min_distance": 0.1,
+        "max_distance": 0.9,
+        "max_overlap": 0.5,
+        "one_per_document": True,
+        "distinct": True,
+        "rerank": "bm25",
+    },
 }
 # Not in the key of any artifact: what they name is there by itself (`corpora`: the stores that it
 # chooses; `exact_rows`: the search it resolves to).
@@ -329,7 +337,8 @@ def changed(settings: Settings, group: str, field: str, value: Any) -> Settings:
 
 def test_each_keyed_setting_changes_a_key(small: Small) -> None:
     """And no field is missing in OTHER_VALUES: a new one must say what it changes."""
-    settings = Settings.create(**small(neighbors={"search": "index", "num_stored": 8}))
+    given = {"neighbors": {"search": "index", "num_stored": 8}, "selection": {"rerank": "overlap"}}
+    settings = Settings.create(**small(**given))
     keys = [step.key for step in steps(settings)]
     for group, field in keyed_fields(settings):
         other = changed(settings, group, field, OTHER_VALUES[group][field])

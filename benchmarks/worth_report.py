@@ -1,0 +1,212 @@
+"""What `worth.py` found, as tables: bits per byte of every arm and swap, and what they differ by.
+
+    python benchmarks/worth_report.py outputs/worth/manuals --markdown
+
+Only text is scored, not the ends of documents. A difference is to the baseline (an arm without neighbors
+at equal steps), in percent of its bits per byte; the range beside it holds 95% of 10,000 draws of the
+evaluated documents with replacement, the same for both sides, each side the mean of its seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+EVALUATION = "evaluation.npz"
+ALPHAS = (0.125, 0.25, 0.5, 0.75, 1.0)
+DRAWS = 10_000
+ALL, SERVED = 0, 1
+
+
+@dataclass
+class Evaluated:
+    """Scores of one arm under one swap. `nats`: (seeds, 2, E), all and served labels of each chunk."""
+
+    nats: Array
+    about: list[dict[str, Any]]
+
+
+class Results:
+    """What a folder holds.
+
+    Attributes:
+        scores: (arm, swap) -> its scores; `own` is the swap with what the arm was trained on.
+        bytes: (2, E) of the text of each evaluated chunk, all and served.
+        documents: (E,) number of its document; names: of these; r, r_seen: (E,).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with np.load(folder / EVALUATION) as about:
+            self.documents, self.names = about["documents"], about["names"].tolist()
+            self.r, self.r_seen = about["r"], about["r_seen"]
+        nats: dict[tuple[str, str], list[Array]] = defaultdict(list)
+        told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for path in sorted(folder.glob("[!.]*-*.npz")):
+            with np.load(path) as found:
+                about = json.loads(str(found["about"]))
+                told[about["arm"]].append(about)
+                self.bytes = found["bytes"]
+                for name in found.files:
+                    if name.startswith("nats "):
+                        nats[about["arm"], name.removeprefix("nats ")].append(found[name])
+        self.scores = {
+            (arm, swap): Evaluated(np.stack(parts).astype(float), told[arm])
+            for (arm, swap), parts in nats.items()
+        }
+
+    def bits_per_byte(self, nats: Array, way: int = ALL, chosen: Array | None = None) -> Array:
+        """Of (…, 2, E) nats, for all labels or served ones, of chosen (E,) chunks: (…)."""
+        keep = slice(None) if chosen is None else chosen
+        found: Array = nats[..., way, keep].sum(-1) / math.log(2) / self.bytes[way, keep].sum()
+        return found
+
+    def difference(
+        self, one: Array, base: Array, way: int = ALL, chosen: Array | None = None
+    ) -> tuple[float, float, float]:
+        """Percent by which the mean over seeds lies above the baseline's, and its 95% range."""
+        keep = np.ones(len(self.documents), bool) if chosen is None else chosen
+        of_document = self.documents[keep]
+        sums = [
+            np.bincount(of_document, nats.mean(0)[way, keep], len(self.names))
+            for nats in (one, base)
+        ]
+        rng = np.random.default_rng(0)
+        present = np.unique(of_document)
+        one_sums, base_sums = (s[present] for s in sums)
+        ratios = np.empty(DRAWS)
+        for i in range(DRAWS):
+            drawn = rng.integers(0, len(present), len(present))
+            ratios[i] = one_sums[drawn].sum() / base_sums[drawn].sum()
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        ratio = one_sums.sum() / base_sums.sum()
+        return 100 * (ratio - 1), 100 * (low - 1), 100 * (high - 1)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def arms(results: Results, baseline: str) -> list[list[str]]:
+    rows = [
+        [
+            *("arm", "seeds", "parameters", "GFLOP a token", "bits per byte"),
+            *("to baseline", "served", "r_seen <= 12.5%", "r <= 12.5%"),
+        ]
+    ]
+    base = results.scores[baseline, "own"].nats
+    for (arm, swap), found in results.scores.items():
+        if swap != "own":
+            continue
+        low = [leak <= ALPHAS[0] for leak in (results.r_seen, results.r)]
+        about = found.about[0]
+        rows.append(
+            [
+                *(arm, str(len(found.nats)), f"{about['parameters'] / 1e6:.1f}M"),
+                f"{about['flops_a_token'] / 1e9:.2f}",
+                _of_seeds(results.bits_per_byte(found.nats)),
+                _range(results.difference(found.nats, base)),
+                _range(results.difference(found.nats, base, SERVED)),
+                *(_range(results.difference(found.nats, base, SERVED, chosen)) for chosen in low),
+            ]
+        )
+    return rows
+
+
+def swaps(results: Results, arm: str, baseline: str) -> list[list[str]]:
+    rows = [["evaluated with", "bits per byte", "to baseline", "to its own"]]
+    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    for (name, swap), found in results.scores.items():
+        if name == arm:
+            rows.append(
+                [
+                    swap,
+                    _of_seeds(results.bits_per_byte(found.nats)),
+                    _range(results.difference(found.nats, base)),
+                    _range(results.difference(found.nats, own)),
+                ]
+            )
+    return rows
+
+
+def by_leakage(results: Results, arm: str, baseline: str) -> list[list[str]]:
+    rows = [
+        ["served labels of chunks with", "share of bytes", "baseline", "neighbors", "to baseline"]
+    ]
+    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    for name, leak in (("r", results.r), ("r_seen", results.r_seen)):
+        for alpha in ALPHAS:
+            chosen = leak <= alpha
+            share = results.bytes[SERVED, chosen].sum() / results.bytes[SERVED].sum()
+            rows.append([f"{name} <= {alpha:.1%}", f"{share:.1%}"])
+            rows[-1] += [
+                f"{results.bits_per_byte(nats, SERVED, chosen).mean():.4f}" for nats in (base, own)
+            ]
+            rows[-1].append(_range(results.difference(own, base, SERVED, chosen)))
+    return rows
+
+
+def by_source(results: Results, arm: str, baseline: str, most: int = 12) -> list[list[str]]:
+    rows = [["source", "documents", "bytes", "baseline", "neighbors", "to baseline"]]
+    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    source = np.array([name.partition("/")[0] for name in results.names])[results.documents]
+    names, size = np.unique(source), {}
+    for name in names:
+        size[name] = int(results.bytes[ALL, source == name].sum())
+    for name in sorted(names, key=lambda n: -size[n])[:most]:
+        chosen = source == name
+        documents = len(np.unique(results.documents[chosen]))
+        rows.append([str(name), str(documents), f"{size[name]:,}"])
+        rows[-1] += [f"{results.bits_per_byte(n, ALL, chosen).mean():.4f}" for n in (base, own)]
+        rows[-1].append(_range(results.difference(own, base, ALL, chosen)))
+    return rows
+
+
+def _of_seeds(values: Array) -> str:
+    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{spread}"
+
+
+def _range(difference: tuple[float, float, float]) -> str:
+    return "{:+.2f}% ({:+.2f} to {:+.2f})".format(*difference)
+
+
+def show(title: str, rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"\n{title}\n"]
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
+        if markdown and number == 0:
+            lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="that worth.py wrote")
+    parser.add_argument("--arm", default="retrieval")
+    parser.add_argument("--baseline", default="none")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args(arguments)
+    results = Results(options.folder)
+    arm, baseline = options.arm, options.baseline
+    show("Arms", arms(results, baseline), options.markdown)
+    show(f"The arm {arm}, evaluated with", swaps(results, arm, baseline), options.markdown)
+    show(f"{arm} by leakage", by_leakage(results, arm, baseline), options.markdown)
+    show(f"{arm} by source", by_source(results, arm, baseline), options.markdown)
+
+
+if __name__ == "__main__":
+    main()

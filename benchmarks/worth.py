@@ -107,7 +107,8 @@ def _run_all(config: Config, jobs: Sequence[tuple[str, int]], folder: Path) -> N
     free = context.Queue()
     for device in devices:
         free.put(device)
-    until = time.time() + 60 * config["minutes"] if config["minutes"] else float("inf")
+    minutes = config["minutes"]
+    until = float("inf") if minutes is None else time.time() + 60 * minutes
     with ProcessPoolExecutor(len(devices), context, _start_worker, (free,)) as pool:
         made: list[Future[str]] = [pool.submit(_run, config, *job, folder, until) for job in jobs]
         for done in as_completed(made):

@@ -38,7 +38,7 @@ from retro_data.database import Database, DatabasePlace
 from retro_data.leakage_curve import chunks_of_labels
 from retro_data.neighbors import NeighborStage
 from retro_data.pipeline import Prepared, steps
-from retro_data.retro_lm import neighbor_slots, score_terms, token_nats
+from retro_data.retro_lm import Attention, Layer, neighbor_slots, score_terms, token_nats
 from retro_data.splits import SPLITS
 
 log = logging.getLogger("worth")
@@ -101,8 +101,8 @@ def _data_of_all(config: Config) -> list[Config]:
 
 
 def _run_all(config: Config, jobs: Sequence[tuple[str, int]], folder: Path) -> None:
-    """One process for each GPU, or one without; each takes the next training."""
-    devices = range(max(1, torch.cuda.device_count()))
+    """`processes` for each GPU, or for the CPU; each takes the next training."""
+    devices = [*range(max(1, torch.cuda.device_count()))] * config["processes"]
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for device in devices:
@@ -263,12 +263,15 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
         warmup_steps=round(config["warmup"] * num_steps),
         decay_steps=num_steps,
     )
+    if config["compile"]:
+        _compile(model)
     trainer = _trainer(config, num_steps)
     trained = time.monotonic()
     trainer.fit(model, datamodule=datamodule)
     trained = time.monotonic() - trained
     arrays = {}
-    for name, swap in _swaps_of(config, arm).items():
+    swaps = _swaps_of(config, arm)
+    for name, swap in swaps.items() if seed < config["swap_seeds"] else [(OWN, swaps[OWN])]:
         scores = _score(config, model, swap)
         arrays[f"nats {name}"] = scores[:, 0].astype(np.float32)
         if name == OWN:
@@ -293,6 +296,15 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
     return f"{title}: {nats / np.log(2) / size:.4f} bits per byte; {json.dumps(about)}"
 
 
+def _compile(model: RetroLM) -> None:
+    """The parts of layers, which all layers of all arms share; whole models take minutes each."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.compile(dynamic=False)
+        elif isinstance(module, Layer):
+            module.feed_forward = torch.compile(module.feed_forward, dynamic=False)  # type: ignore[method-assign]
+
+
 def _trainer(config: Config, num_steps: int) -> Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return Trainer(
@@ -315,6 +327,7 @@ def _evaluation_data(config: str, data: str, control: str | None) -> ControlledD
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # batches of many shapes
 def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
     """(2, 3, E) float64: (all, served) x (nats, labels, bytes) of the text of each evaluated chunk."""
     data = json.dumps(swap.get("data", {}))
@@ -348,6 +361,7 @@ def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
     return sums.view(2, 3, -1).cpu().numpy()
 
 
+@torch.compiler.set_stance("force_eager")  # a compiled part would not be counted
 def _flops_a_token(config: Config, model: RetroLM, datamodule: RetroDataModule) -> float:
     """Of one training step, as torch counts them."""
     batch = {

@@ -31,10 +31,20 @@ ALL, SERVED = 0, 1
 
 @dataclass
 class Evaluated:
-    """Scores of one arm under one swap. `nats`: (seeds, 2, E), all and served labels of each chunk."""
+    """Scores of one arm under one swap, of some seeds.
+
+    Attributes:
+        nats: (seeds, 2, E) all and served labels of each chunk.
+        about: of each seed.
+    """
 
     nats: Array
     about: list[dict[str, Any]]
+
+    def of_seeds(self, other: Evaluated) -> Array:
+        """The nats of the seeds that another evaluation of the arm has, too."""
+        seeds = {about["seed"] for about in other.about}
+        return self.nats[[about["seed"] in seeds for about in self.about]]
 
 
 class Results:
@@ -51,18 +61,18 @@ class Results:
             self.documents, self.names = about["documents"], about["names"].tolist()
             self.r, self.r_seen = about["r"], about["r_seen"]
         nats: dict[tuple[str, str], list[Array]] = defaultdict(list)
-        told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        told: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("[!.]*-*.npz")):
             with np.load(path) as found:
                 about = json.loads(str(found["about"]))
-                told[about["arm"]].append(about)
                 self.bytes = found["bytes"]
                 for name in found.files:
                     if name.startswith("nats "):
-                        nats[about["arm"], name.removeprefix("nats ")].append(found[name])
+                        key = about["arm"], name.removeprefix("nats ")
+                        nats[key].append(found[name])
+                        told[key].append(about)
         self.scores = {
-            (arm, swap): Evaluated(np.stack(parts).astype(float), told[arm])
-            for (arm, swap), parts in nats.items()
+            key: Evaluated(np.stack(parts).astype(float), told[key]) for key, parts in nats.items()
         }
 
     def bits_per_byte(self, nats: Array, way: int = ALL, chosen: Array | None = None) -> Array:
@@ -124,7 +134,7 @@ def arms(results: Results, baseline: str) -> list[list[str]]:
 
 def swaps(results: Results, arm: str, baseline: str) -> list[list[str]]:
     rows = [["evaluated with", "bits per byte", "to baseline", "to its own"]]
-    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"]
     for (name, swap), found in results.scores.items():
         if name == arm:
             rows.append(
@@ -132,7 +142,7 @@ def swaps(results: Results, arm: str, baseline: str) -> list[list[str]]:
                     swap,
                     _of_seeds(results.bits_per_byte(found.nats)),
                     _range(results.difference(found.nats, base)),
-                    _range(results.difference(found.nats, own)),
+                    _range(results.difference(found.nats, own.of_seeds(found))),
                 ]
             )
     return rows

@@ -183,6 +183,10 @@ class Layer(nn.Module):
         x = x + self.dropout(self.attention(x, at, mask))
         if self.cross_attention is not None and cross is not None:
             x = x + self.dropout(cross(self.cross_attention, x))
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x (b, t, w) and what the gated network adds to it."""
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
         gained: Tensor = self.dropout(self.down(F.silu(gate) * up))
         return x + gained

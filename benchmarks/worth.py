@@ -276,6 +276,8 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
         arrays[f"nats {name}"] = scores[:, 0].astype(np.float32)
         if name == OWN:
             arrays["labels"], arrays["bytes"] = scores[:, 1:].swapaxes(0, 1).astype(np.int32)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        return f"{title}: diverged, and is not kept; try a smaller model.learning_rate"
     tokens = num_steps * datamodule.batch_size * datamodule.seq_len
     about = {
         "arm": arm,

@@ -11,7 +11,8 @@ themselves, are there once.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,14 @@ def merge(found: Sequence[tuple[Array, Array]], k: int, metric: str) -> tuple[Ar
     distances[ids < 0] = worst
     order = np.lexsort((ids, distances if metric == "l2" else -distances))[:, :k]
     return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+@contextmanager
+def outside(low: int, high: int) -> Iterator[Any]:
+    """faiss' selector of the ids that are not in [low, high)."""
+    faiss = import_faiss()
+    inside = faiss.IDSelectorRange(low, high)  # the other only points to it
+    yield faiss.IDSelectorNot(inside)
 
 
 class Shards:
@@ -167,11 +176,12 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def search(self, queries: Array, k: int) -> tuple[Array, Array]:
+    def search(self, queries: Array, k: int, excluded: Array | None = None) -> tuple[Array, Array]:
         """The k nearest rows that the index finds.
 
         Args:
             queries: (n, d) float16 or float32.
+            excluded: (2,) global rows [lo, hi) that are not to be found: of the queries' document.
 
         Returns:
             (n, k) float32 distances, squared L2 or inner product, and (n, k) int64 global rows,
@@ -187,7 +197,10 @@ class SearchIndex:
                 f"{self.dim}. Embed both by one encoder."
             )
         vectors = np.ascontiguousarray(queries, np.float32)
-        return self._shards.search(vectors, k, self.parameters)
+        if excluded is None:
+            return self._shards.search(vectors, k, self.parameters)
+        with outside(*excluded.tolist()) as selector:
+            return self._shards.search(vectors, k, self.parameters, selector)
 
 
 def load_index(folder: Path, manifest: Mapping[str, Any] | None = None) -> SearchIndex:
@@ -252,11 +265,9 @@ def _search_others(
     shards: Shards, parameters: Mapping[str, int], queries: Array, own: Array, k: int
 ) -> Array:
     """(Q, k) int64 ids found for each query by itself, outside its own document."""
-    faiss = import_faiss()
     ids = np.empty((len(queries), k), np.int64)
     with threads(1):
         for i, (low, high) in enumerate(own.tolist()):
-            inside = faiss.IDSelectorRange(low, high)
-            others = faiss.IDSelectorNot(inside)
-            ids[i] = shards.search(queries[i : i + 1], k, parameters, others)[1][0]
+            with outside(low, high) as others:
+                ids[i] = shards.search(queries[i : i + 1], k, parameters, others)[1][0]
     return ids

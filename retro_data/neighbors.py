@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
+COMPLETED_EXACTLY = (
+    2**20
+)  # database rows, up to which a list that an index left short is found exactly
 RECALL_QUERIES = 256  # chunks whose neighbors found by index are held against exact ones, at most
 RECALL_PAIRS = 2**35  # of such a chunk and a database row: fewer chunks of a huge database
 RECALL_AT = 10
@@ -106,7 +109,7 @@ class NeighborStage:
     """
 
     name = "neighbors"
-    version = 2
+    version = 3
     unit = "chunks"
     tolerance = 0.0
 
@@ -205,7 +208,11 @@ class NeighborStage:
         own: Array,
         out: BlockWriter,
     ) -> Neighbors:
-        """Search wide, drop the own document, search wider where that left too few, then exactly."""
+        """Search wide and drop the own document, wider where that left too few, then without it.
+
+        The last is done exactly, or in a database too large for that by the index, which a graph
+        among its vectors makes less sure to find them.
+        """
         k, admitted = self.settings.num_stored, context.database.admitted
         before = np.concatenate([[0], np.cumsum(admitted)])
         possible = before[-1] - (before[own[:, 1]] - before[own[:, 0]])
@@ -218,6 +225,12 @@ class NeighborStage:
                 ids[todo] = _others(hits, own[todo], k)
                 todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
                 out.count(f"rows_short_after_{width}", len(todo))
+        if before[-1] > COMPLETED_EXACTLY:
+            for alike in np.split(todo, 1 + np.flatnonzero(np.diff(own[todo, 0]))):
+                if len(alike):  # chunks of one document
+                    ids[alike] = index.search(queries[alike], k, own[alike[0]])[1]
+            todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
+        out.count("rows_searched_exactly", len(todo))
         found = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
         if len(todo):
             found.ids[todo], found.distances[todo] = context.exact(queries[todo], k, own[todo])

@@ -22,6 +22,7 @@ from einops import rearrange
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retro_data.errors import RetroDataError
 from retro_data.leakage import ALPHAS
@@ -34,6 +35,14 @@ from retro_data.leakage_curve import (
 )
 
 IGNORED_LABEL = -100
+
+# All but cuDNN, whose gradients are sometimes NaN from torch 2.11 on, given a mask and 64 keys, as a
+# chunk has, or that many past a multiple of 128 (github.com/pytorch/pytorch/issues/196678).
+ATTENTION_BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 Batch = Mapping[str, Tensor]
 CrossAttend = Callable[["Attention", Tensor], Tensor]
@@ -160,7 +169,9 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b t (h d) -> b h t d", d=self.head_dim)
         k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
         k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
-        y = F.scaled_dot_product_attention(rotate(q, at), rotate(k, source_at), v, attn_mask=mask)
+        q, k = rotate(q, at), rotate(k, source_at)
+        with sdpa_kernel(ATTENTION_BACKENDS):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         gained: Tensor = self.out(rearrange(y, "b h t d -> b t (h d)"))
         return gained
 
@@ -192,6 +203,14 @@ class Layer(nn.Module):
         return x + gained
 
 
+@torch.no_grad()
+def _shrink_branches(layers: nn.ModuleList) -> None:
+    """So that the residual stream does not grow with depth (Radford et al. 2019, section 2.3)."""
+    for name, weight in layers.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            weight.mul_((2 * len(layers)) ** -0.5)
+
+
 class RetroLM(LightningModule):
     """A RETRO decoder that takes the DataModule's batches as they are.
 
@@ -209,6 +228,7 @@ class RetroLM(LightningModule):
             neighbors, or these do, counted from 1.
         retrieval: False builds the same decoder without encoder and cross-attention.
         evaluate_without_retrieval: evaluate with neighbors off as well.
+        beta2: of AdamW; the fewer tokens a batch has, the nearer to 1.
         warmup_steps, decay_steps: see `learning_rate_factor`.
     Raises:
         RetroDataError: sizes that do not fit together.
@@ -229,6 +249,7 @@ class RetroLM(LightningModule):
         retrieval: bool = True,
         evaluate_without_retrieval: bool = False,
         learning_rate: float = 3e-4,
+        beta2: float = 0.95,
         weight_decay: float = 0.1,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
@@ -281,6 +302,8 @@ class RetroLM(LightningModule):
                 Layer(encoder_width, head_dim, dropout, None if i else width)
                 for i in range(encoder_layers)
             )
+            _shrink_branches(self.encoder)
+        _shrink_branches(self.decoder)
         self._sums: dict[str, Tensor] = {}
         self._leakage: EvaluationLeakage | None = None
         self._leakage_sums: dict[str, Tensor] = {}
@@ -440,7 +463,7 @@ class RetroLM(LightningModule):
         rate, decay = h["learning_rate"], h["weight_decay"]
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim == 1]  # norms and biases do not decay
-        optimizer = torch.optim.AdamW(matrices, rate, (0.9, 0.95), weight_decay=decay)
+        optimizer = torch.optim.AdamW(matrices, rate, (0.9, h["beta2"]), weight_decay=decay)
         optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, h["warmup_steps"], h["decay_steps"])

@@ -15,6 +15,7 @@ from device_stage import DeviceStage
 from retro_data import RetroDataModule, RetroLM, pipeline
 from retro_data.embedder import Embedder, EmbedderSettings
 from retro_data.engines import EngineSettings, LocalEngine
+from retro_data.retro_lm import Attention
 from retro_data.stage import complete
 from retro_data.store import Embeddings
 
@@ -46,6 +47,22 @@ def test_vectors_agree_with_the_cpu(tiny_encoder: Path, precision: str, least: f
     expected, _ = truth.embed(truth.encode_texts(texts))
     found, _ = ours.embed(ours.encode_texts(texts))
     assert cosines(found, expected).min() >= least
+
+
+def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
+    """64 keys under a mask, every logit near -120: `retro_lm.ATTENTION_BACKENDS` says more."""
+    torch.manual_seed(0)
+    attention = Attention(64, 64, 64).cuda()
+    with torch.no_grad():
+        attention.query.bias.fill_(3.9)
+        attention.key_value.bias[:64] = -3.9
+    x, context = (torch.randn(8, n, 64, device="cuda", requires_grad=True) for n in (256, 64))
+    at = [torch.zeros(n, device="cuda") for n in (256, 64)]
+    mask = torch.ones(8, 1, 1, 64, dtype=torch.bool, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        attention(x, at[0], mask, (context, at[1])).float().pow(2).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_every_worker_sees_one_device_of_its_own(tmp_path: Path) -> None:

@@ -131,12 +131,32 @@ def test_a_long_document_that_fills_every_list_is_searched_past(
     figures, store = made.figures("neighbors small"), made.chunks()
     assert np.diff(store.documents.first_chunk)[0] > 16 * 4
     assert figures["rows_short_after_8"] >= figures["rows_short_after_64"] > 0
+    assert figures["rows_searched_exactly"] == figures["rows_short_after_64"]
     assert figures["fill_rate"] == 1
     assert (made.neighbors().ids[:] >= 0).all()
     assert figures["same_document_rate"] == 0
     long = np.flatnonzero(store.document_of_chunk[:] == 0)
     ids, _ = truth(made, 4)
     assert recall(made.neighbors().ids[long].astype(np.int64), ids[long]) > 0.99
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16"])
+def test_in_a_large_database_the_index_searches_past_a_long_document(
+    tmp_path: Path, small: Small, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    monkeypatch.setattr(neighbors, "COMPLETED_EXACTLY", 0)
+    corpus = one_long_document(tmp_path / "c.jsonl")
+    group = {"num_stored": 4, "search": "index"}
+    index = {"factory": factory, "recall_queries": 20}
+    splits = {"val": 0.0, "test": 0.0}
+    made = Made(small(corpus=corpus, neighbors=group, index=index, splits=splits))
+    figures = made.figures("neighbors small")
+    assert figures["rows_short_after_64"] > 2 * figures["rows_searched_exactly"]
+    assert figures["fill_rate"] == 1
+    assert figures["same_document_rate"] == 0
+    ids, _ = truth(made, 4)
+    found = recall(made.neighbors().ids[:].astype(np.int64), ids)
+    assert found >= made.figures("index")["recall"] - 0.05
 
 
 def test_an_approximate_index_finds_what_its_recall_says(

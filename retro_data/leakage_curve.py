@@ -135,8 +135,18 @@ def format_curve(rows: Sequence[Row], measure: str) -> str:
     return "\n".join(lines)
 
 
-def draw_curve(rows: Sequence[Row], measure: str, width: int = 480, height: int = 300) -> str:
-    """The rows of `curve` as an SVG: solid for all labels, dashed for served ones."""
+def draw_curve(
+    rows: Sequence[Row],
+    measure: str,
+    labels: Mapping[str, str] | None = None,
+    width: int = 480,
+    height: int = 300,
+) -> str:
+    """The rows of `curve` as an SVG: solid for all labels, dashed for served ones.
+
+    Args:
+        labels: what is written at a line, by the name of its figure, where that is not the name.
+    """
     names = [name for name in rows[-1] if name.startswith("bits_per_")]
     values = [row[name] for row in rows for name in names if name in row]
     low, high = min(values, default=0.0), max(values, default=1.0)
@@ -170,5 +180,6 @@ def draw_curve(rows: Sequence[Row], measure: str, width: int = 480, height: int 
         dash = ' stroke-dasharray="5 3"' if "_served" in name else ""
         color = COLORS[name.endswith("_off")]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}"{dash}/>')
-        parts.append(f'<text x="{left + 8}" y="{top + 12 * (i + 1)}" fill="{color}">{name}</text>')
+        label = (labels or {}).get(name, name)
+        parts.append(f'<text x="{left + 8}" y="{top + 12 * (i + 1)}" fill="{color}">{label}</text>')
     return "\n".join([*parts, "</svg>"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -130,9 +131,18 @@ def test_the_cost_model_is_what_it_says(
     assert said.count("by the model") == 2
 
 
-def run_benchmark(script: str, *arguments: object) -> str:
-    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True)
+def experiment_commands(small: str) -> list[str]:
+    """The README's, with a small corpus' own settings after theirs."""
+    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    section = readme.split("## Does it help?\n", 1)[1].split("\n## ", 1)[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    commands = block.replace("python benchmarks", f"{sys.executable} {BENCHMARKS}").splitlines()
+    options = {"chapters.py": "--share 0.2", "worth.py": small, "worth_report.py": ""}
+    return [f"{c} {options[Path(c.split()[1]).name]}" for c in commands]
+
+
+def run_command(command: str, folder: Path) -> str:
+    run = subprocess.run(command.split(), capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr
 
@@ -146,9 +156,18 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
         for name in ("kjv", "web")
         for d in make_documents(24, longest=200)
     ]
-    cut, results = tmp_path / "chapters", tmp_path / "results"
-    corpus = write_jsonl(tmp_path / "all.jsonl", chapters)
-    run_benchmark("chapters.py", corpus, "--out", cut, "--share", 0.2)
+    write_jsonl(tmp_path / "bible.jsonl", chapters)
+    swaps = ["no_neighbors", "oracle", "without_chapters", "k1", "neighbor_alone", "bm25"]
+    small = (
+        f"data.embedder.name={tiny_encoder} data.chunk_size=16 data.seq_len=64 data.batch_size=4 "
+        "model.width=32 model.heads=2 model.layers=2 model.encoder_layers=1 precision=32-true "
+        "model.cross_attention_layers=[2] epochs=1 compile=false swap_seeds=1 arms.random.seeds=0 "
+        f"arms.retrieval.seeds=2 arms.retrieval.swaps=[{','.join(swaps)}] arms.none.seeds=1 "
+        "arms.without_chapters.seeds=0 arms.oracle.seeds=0 arms.none_same_flops.seeds=0"
+    )
+    cut_chapters, experiment, report = experiment_commands(small)
+    run_command(cut_chapters, tmp_path)
+    cut, results = tmp_path / "data" / "chapters", tmp_path / "outputs" / "worth" / "bible"
     parts = {
         name: [json.loads(line) for line in (cut / f"{name}.jsonl").read_text().splitlines()]
         for name in ("evaluated", "same", "rest")
@@ -158,19 +177,8 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
     assert {d["id"].partition("/")[2] for d in parts["same"]} <= evaluated
     assert not {d["id"].partition("/")[2] for d in parts["rest"]} & evaluated
 
-    swaps = ["no_neighbors", "oracle", "without_chapters", "k1", "neighbor_alone", "bm25"]
-    arguments = [
-        f"experiment=bible chapters={cut} folder={results} hydra.run.dir={tmp_path}",
-        f"data.root={tmp_path}/root data.embedder.name={tiny_encoder} data.chunk_size=16",
-        "data.seq_len=64 data.batch_size=4 model.width=32 model.heads=2 model.layers=2",
-        "model.encoder_layers=1 model.cross_attention_layers=[2] precision=32-true epochs=1",
-        f"swap_seeds=1 arms.retrieval.seeds=2 arms.retrieval.swaps=[{','.join(swaps)}]",
-        "arms.none.seeds=1 arms.without_chapters.seeds=0 arms.oracle.seeds=0",
-        "arms.random.seeds=0 arms.none_same_flops.seeds=0",
-    ]
-    arguments = " ".join(arguments).split()
-    assert "3 trainings to run" in run_benchmark("worth.py", *arguments)
-    assert "0 trainings to run" in run_benchmark("worth.py", *arguments)  # what is there, stays
+    assert "3 trainings to run" in run_command(experiment, tmp_path)
+    assert "0 trainings to run" in run_command(experiment, tmp_path)  # what is there, stays
 
     size = sum(len(d["text"].encode()) for d in parts["evaluated"])
     evaluations = {"retrieval-0": {"own", *swaps}, "retrieval-1": {"own"}, "none-0": {"own"}}
@@ -184,6 +192,9 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
         sums = np.array([each.sum(1, dtype=float) for each in nats.values()])
         assert len(np.unique(sums[:, 1].round(3))) == len(nats)  # no swap leaves the served alone
         np.testing.assert_allclose(sums[:, 0] - sums[:, 1], sums[0, 0] - sums[0, 1], rtol=1e-4)
-    report = run_benchmark("worth_report.py", results, "--markdown")
+    tables = run_command(report, tmp_path)
     for name in (*swaps, "r_seen <= 12.5%", "kjv", "web"):
-        assert f"| {name} " in report
+        assert f"| {name} " in tables
+    for measure in ("r", "r_seen"):
+        curves = (tmp_path / "outputs" / f"bible-{measure}.svg").read_text("utf-8")
+        assert curves.count("<polyline") == curves.count("bits per byte") == 2

@@ -162,6 +162,7 @@ def draw_curve(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#444"/>',
         f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">{measure} at most</text>',
     ]
@@ -181,5 +182,6 @@ def draw_curve(
         color = COLORS[name.endswith("_off")]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}"{dash}/>')
         label = (labels or {}).get(name, name)
-        parts.append(f'<text x="{left + 8}" y="{top + 12 * (i + 1)}" fill="{color}">{label}</text>')
+        at = f'x="{right}" y="{top + 12 * (i + 1)}" text-anchor="end"'  # curves fall to the right
+        parts.append(f'<text {at} fill="{color}">{label}</text>')
     return "\n".join([*parts, "</svg>"])

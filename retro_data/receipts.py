@@ -99,12 +99,13 @@ def append_receipt(journal: BinaryIO, receipt: Receipt) -> None:
 
 @contextlib.contextmanager
 def open_journal(folder: Path) -> Iterator[BinaryIO]:
-    """The journal opened for appending, after the last whole line."""
-    with open(folder / artifact.RECEIPTS, "ab+") as handle:
-        handle.seek(0)
-        content = handle.read()
-        handle.truncate(content.rfind(b"\n") + 1)
-        handle.seek(0, os.SEEK_END)
+    """The journal, written anew and opened for appending.
+
+    A run that was stopped for so long that another took over may have the old file open, and would
+    append to it once it goes on, before it looks at its lease again.
+    """
+    replace_receipts(folder, read_receipts(folder))
+    with open(folder / artifact.RECEIPTS, "ab") as handle:
         yield handle
 
 

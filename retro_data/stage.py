@@ -303,7 +303,7 @@ def _make_missing(
     total = sum(block.stop - block.start for block in blocks)
     extents = {block.index: block.stop - block.start for block in blocks}
     done = total - sum(extents[block.index] for block in missing)
-    lease.check()  # opening the journal cuts off its torn end
+    lease.check()  # opening the journal writes it anew
     with (
         open_journal(folder) as journal,
         Progress(stage.name, total, stage.unit, done) as progress,

@@ -23,6 +23,7 @@ from retro_data import artifact, integrity, stage
 from retro_data.artifact import LeaseLost, open_array, read_manifest
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
+from retro_data.receipts import append_receipt, open_journal
 from retro_data.stage import complete, read_receipts, tile
 
 ROWS = 95  # ten blocks of ten rows, the last one shorter
@@ -114,6 +115,22 @@ def test_a_resume_keeps_the_tiling_of_the_plan(folder: Path, diary: Path):
     assert manifest["blocks"] == 10
     assert blocks_made(diary)[7:] == list(range(6, 10))
     assert squares(folder) == EXPECTED
+
+
+def test_a_receipt_of_a_run_that_was_taken_over_is_not_kept(
+    folder: Path, diary: Path, tmp_path: Path
+) -> None:
+    """It was stopped just before it wrote, and goes on when another run has begun."""
+    complete(ArithmeticStage(ROWS, diary), folder, InlineEngine())
+    receipts = read_receipts(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    with open_journal(other) as frozen:
+        append_receipt(frozen, receipts[0])
+        with open_journal(other) as journal:
+            append_receipt(frozen, receipts[1])
+            append_receipt(journal, receipts[2])
+        assert read_receipts(other) == [receipts[0], receipts[2]]
 
 
 @pytest.mark.parametrize("content", ["right", "zeros", "torn"])

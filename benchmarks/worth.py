@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_data import RetroDataError, RetroDataModule, RetroLM
-from retro_data.database import Database, DatabasePlace
+from retro_data.database import DatabasePlace
 from retro_data.leakage_curve import chunks_of_labels
 from retro_data.neighbors import NeighborStage
 from retro_data.pipeline import Prepared, steps
@@ -61,7 +61,7 @@ def main(config: DictConfig) -> None:
     for data in _data_of_all(plain):
         _datamodule(plain, data, prepare="auto").prepare_data()
     _write_evaluation(plain, folder)
-    jobs = [job for job in _jobs(plain) if not (folder / f"{_title(*job)}.npz").exists()]
+    jobs = [job for job in _jobs(plain) if not _is_there(plain, *job, folder)]
     log.info("%d trainings to run in %s", len(jobs), folder)
     _run_all(plain, jobs, folder)
 
@@ -76,18 +76,52 @@ def _jobs(config: Config) -> list[tuple[str, int]]:
     return [(name, seed) for seed in range(most) for name, a in arms.items() if seed < a["seeds"]]
 
 
+def _settings_of(config: Config, arm: str) -> Config:
+    """All that a training of an arm depends on, but its seed and the version of the code."""
+    given = config["arms"][arm]
+    data = _merged(config["data"], given.get("data", {}))
+    return {
+        "data": {k: v for k, v in data.items() if k not in ("root", "engine", "prepare")},
+        "model": _merged(config["model"], given.get("model", {})),
+        "control": given.get("control"),
+        **{name: config[name] for name in ("epochs", "warmup", "precision", "split")},
+    }
+
+
+def _is_there(config: Config, arm: str, seed: int, folder: Path) -> bool:
+    path = folder / f"{_title(arm, seed)}.npz"
+    if not path.exists():
+        return False
+    with np.load(path) as found:
+        settings = json.loads(str(found["about"]))["settings"]
+    other = [k for k, v in _settings_of(config, arm).items() if settings[k] != v]
+    if other:
+        raise RetroDataError(
+            f"{path} was trained with other settings ({', '.join(other)}): remove it, or choose "
+            "another `folder`."
+        )
+    return True
+
+
 def _title(arm: str, seed: int) -> str:
     return f"{arm}-{seed}"
 
 
 def _swaps_of(config: Config, arm: str) -> dict[str, Config]:
-    """Evaluations of an arm, by name; a model without retrieval has nothing to swap."""
+    """Evaluations of an arm, by name: of its own data, but for what a swap replaces."""
     given = config["arms"][arm]
     if not given.get("model", {}).get("retrieval", True):
-        return {OWN: {}}
+        return {OWN: {}}  # nothing to swap
     names = given.get("swaps", ["no_neighbors"])
-    chosen = config["swaps"] if names == "all" else {n: config["swaps"][n] for n in names}
-    return {OWN: {"control": given.get("control"), "data": given.get("data", {})}, **chosen}
+    data = given.get("data", {})
+    swaps = {OWN: {"control": given.get("control")}}
+    for name in config["swaps"] if names == "all" else names:
+        swaps[name] = config["swaps"][name]
+    return {n: {**s, "data": _merged(data, s.get("data", {}))} for n, s in swaps.items()}
+
+
+def _merged(*parts: Config) -> Config:
+    return cast(Config, OmegaConf.to_container(OmegaConf.merge(*parts)))
 
 
 def _data_of_all(config: Config) -> list[Config]:
@@ -154,8 +188,7 @@ class ControlledDataModule(RetroDataModule):
 def _datamodule(
     config: Config, data: Config, control: str | None = None, seed: int = 0, prepare: str = "verify"
 ) -> ControlledDataModule:
-    merged = OmegaConf.to_container(OmegaConf.merge(config["data"], data))
-    given = {k: v for k, v in cast(Config, merged).items() if not k.startswith("_")}
+    given = {k: v for k, v in _merged(config["data"], data).items() if not k.startswith("_")}
     datamodule = ControlledDataModule(**{**given, "seed": seed, "prepare": prepare})
     datamodule.control = control
     return datamodule
@@ -164,11 +197,13 @@ def _datamodule(
 def _controlled(prepared: Prepared, control: str, place: DatabasePlace) -> Prepared:
     database = place.open()
     corpora = []
-    for corpus in prepared.corpora:
+    for number, corpus in enumerate(prepared.corpora):
         if corpus.neighbors is not None:
             keys = corpus.chunks.documents.keys[corpus.chunks.document_of_chunk]
             own = database.rows_of_documents(keys)
-            ids = _lists(control, np.asarray(corpus.neighbors.ids[:, :WIDTH]), own, database)
+            found = np.asarray(corpus.neighbors.ids[:, :WIDTH])
+            rng = np.random.default_rng([CONTROL_SEED, number])
+            ids = control_lists(control, found, own, np.flatnonzero(database.admitted), rng)
             if control == "oracle":  # the next chunk may be of the next document
                 document = corpus.chunks.document_of_chunk
                 ids[:-1][document[1:] != document[:-1]] = -1
@@ -177,18 +212,19 @@ def _controlled(prepared: Prepared, control: str, place: DatabasePlace) -> Prepa
     return dataclasses.replace(prepared, corpora=tuple(corpora))
 
 
-def _lists(control: str, found: Array, own: Array, database: Database) -> Array:
+def control_lists(
+    control: str, found: Array, own: Array, admitted: Array, rng: np.random.Generator
+) -> Array:
     """(N, K) rows in the place of those found: never of the query's own document.
 
     Args:
         control: "random", "shuffled" or "oracle"; `configs/experiment/base.yaml` says what they are.
         found: (N, K).
         own: (N, 2) rows [lo, hi) of each query's own document.
+        admitted: rows of the database.
     """
-    rng = np.random.default_rng(CONTROL_SEED)
     if control == "random":
-        allowed = np.flatnonzero(database.admitted)
-        ids = rng.choice(allowed, (len(found), 2 * WIDTH)).astype(found.dtype)
+        ids = rng.choice(admitted, (len(found), 2 * found.shape[1])).astype(found.dtype)
     elif control == "shuffled":
         ids = found[rng.permutation(len(found))]
     elif control == "oracle":
@@ -197,7 +233,7 @@ def _lists(control: str, found: Array, own: Array, database: Database) -> Array:
         raise RetroDataError(f"control={control!r}: expected random, shuffled or oracle.")
     keep = (ids >= 0) & ~((ids >= own[:, :1]) & (ids < own[:, 1:]))
     order = np.argsort(~keep, axis=1, kind="stable")
-    kept = np.take_along_axis(np.where(keep, ids, -1), order, 1)[:, :WIDTH]
+    kept = np.take_along_axis(np.where(keep, ids, -1), order, 1)[:, : found.shape[1]]
     return np.ascontiguousarray(kept)
 
 
@@ -276,12 +312,12 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
         arrays[f"nats {name}"] = scores[:, 0].astype(np.float32)
         if name == OWN:
             arrays["labels"], arrays["bytes"] = scores[:, 1:].swapaxes(0, 1).astype(np.int32)
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        return f"{title}: diverged, and is not kept; try a smaller model.learning_rate"
     tokens = num_steps * datamodule.batch_size * datamodule.seq_len
     about = {
         "arm": arm,
         "seed": seed,
+        "settings": _settings_of(config, arm),
+        "diverged": not all(np.isfinite(array).all() for array in arrays.values()),
         "steps": num_steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_a_token": _flops_a_token(config, model, datamodule),
@@ -295,7 +331,8 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
     np.savez(temporary, about=json.dumps(about), **cast(Any, arrays))
     temporary.rename(folder / f"{title}.npz")
     nats, size = (arrays[n][0].sum(dtype=float) for n in (f"nats {OWN}", "bytes"))
-    return f"{title}: {nats / np.log(2) / size:.4f} bits per byte; {json.dumps(about)}"
+    said = {name: value for name, value in about.items() if name != "settings"}
+    return f"{title}: {nats / np.log(2) / size:.4f} bits per byte; {json.dumps(said)}"
 
 
 def _compile(model: RetroLM) -> None:
@@ -364,8 +401,10 @@ def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
 
 
 @torch.compiler.set_stance("force_eager")  # a compiled part would not be counted
-def _flops_a_token(config: Config, model: RetroLM, datamodule: RetroDataModule) -> float:
-    """Of one training step, as torch counts them."""
+def _flops_a_token(config: Config, model: RetroLM, datamodule: RetroDataModule) -> float | None:
+    """Of one training step, as torch counts them; on a CPU it would leave out attention."""
+    if not torch.cuda.is_available():
+        return None
     batch = {
         k: v.to(_device()) for k, v in datamodule.dataset("train").__getitems__([0, 1]).items()
     }

@@ -4,7 +4,9 @@
 
 Only text is scored, not the ends of documents. A difference is to the baseline (an arm without neighbors
 at equal steps), in percent of its bits per byte; the range beside it holds 95% of 10,000 draws of the
-evaluated documents with replacement, the same for both sides, each side the mean of its seeds.
+evaluated documents, the same for both sides, and of the seeds of each side, with replacement: what other
+seeds would have changed is not in it where there is but one. r and r_seen are those of the data that is
+not swapped: of what `retrieval` reads, not a control.
 """
 
 from __future__ import annotations
@@ -62,11 +64,15 @@ class Results:
         with np.load(folder / EVALUATION) as about:
             self.documents, self.names = about["documents"], about["names"].tolist()
             self.r, self.r_seen = about["r"], about["r_seen"]
+        self.diverged: dict[str, list[int]] = defaultdict(list)
         nats: dict[tuple[str, str], list[Array]] = defaultdict(list)
         told: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("[!.]*-*.npz")):
             with np.load(path) as found:
                 about = json.loads(str(found["about"]))
+                if about["diverged"]:
+                    self.diverged[about["arm"]].append(about["seed"])
+                    continue
                 self.bytes = found["bytes"]
                 for name in found.files:
                     if name.startswith("nats "):
@@ -86,23 +92,34 @@ class Results:
     def difference(
         self, one: Array, base: Array, way: int = ALL, chosen: Array | None = None
     ) -> tuple[float, float, float]:
-        """Percent by which the mean over seeds lies above the baseline's, and its 95% range."""
+        """Percent by which the mean over seeds lies above the baseline's, and its 95% range.
+
+        Of (seeds, 2, E) nats each. `one` and `base` of as many seeds share those that are drawn.
+        """
         keep = np.ones(len(self.documents), bool) if chosen is None else chosen
         of_document = self.documents[keep]
-        sums = [
-            np.bincount(of_document, nats.mean(0)[way, keep], len(self.names))
+        one_sums, base_sums = (
+            np.stack([np.bincount(of_document, seed[way, keep]) for seed in nats])
             for nats in (one, base)
-        ]
-        rng = np.random.default_rng(0)
+        )
         present = np.unique(of_document)
-        one_sums, base_sums = (s[present] for s in sums)
-        ratios = np.empty(DRAWS)
-        for i in range(DRAWS):
-            drawn = rng.integers(0, len(present), len(present))
-            ratios[i] = one_sums[drawn].sum() / base_sums[drawn].sum()
-        low, high = np.quantile(ratios, (0.025, 0.975))
-        ratio = one_sums.sum() / base_sums.sum()
+        rng = np.random.default_rng(0)
+        documents = _drawn(rng, len(present))
+        seeds = [_drawn(rng, len(sums)) for sums in (one_sums, base_sums)]
+        if len(one_sums) == len(base_sums):
+            seeds[1] = seeds[0]
+        totals = [
+            (documents @ sums[:, present].T * of_seed).sum(1) / len(sums)
+            for sums, of_seed in zip((one_sums, base_sums), seeds, strict=True)
+        ]
+        low, high = np.quantile(totals[0] / totals[1], (0.025, 0.975))
+        ratio = one_sums.sum(1).mean() / base_sums.sum(1).mean()
         return 100 * (ratio - 1), 100 * (low - 1), 100 * (high - 1)
+
+
+def _drawn(rng: np.random.Generator, count: int) -> Array:
+    """(DRAWS, count) how often each of so many is drawn, with replacement."""
+    return rng.multinomial(count, np.full(count, 1 / count), DRAWS)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -123,8 +140,8 @@ def arms(results: Results, baseline: str) -> list[list[str]]:
         about = found.about[0]
         rows.append(
             [
-                *(arm, str(len(found.nats)), f"{about['parameters'] / 1e6:.1f}M"),
-                f"{about['flops_a_token'] / 1e9:.2f}",
+                *(arm, _seeds(results, arm, found), f"{about['parameters'] / 1e6:.1f}M"),
+                f"{about['flops_a_token'] / 1e9:.2f}" if about["flops_a_token"] else "-",
                 _of_seeds(results.bits_per_byte(found.nats)),
                 _range(results.difference(found.nats, base)),
                 _range(results.difference(found.nats, base, SERVED)),
@@ -135,13 +152,13 @@ def arms(results: Results, baseline: str) -> list[list[str]]:
 
 
 def swaps(results: Results, arm: str, baseline: str) -> list[list[str]]:
-    rows = [["evaluated with", "bits per byte", "to baseline", "to its own"]]
+    rows = [["evaluated with", "seeds", "bits per byte", "to baseline", "to its own"]]
     base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"]
     for (name, swap), found in results.scores.items():
         if name == arm:
             rows.append(
                 [
-                    swap,
+                    *(swap, str(len(found.nats))),
                     _of_seeds(results.bits_per_byte(found.nats)),
                     _range(results.difference(found.nats, base)),
                     _range(results.difference(found.nats, own.of_seeds(found))),
@@ -195,6 +212,11 @@ def by_source(results: Results, arm: str, baseline: str, most: int = 12) -> list
         rows[-1] += [f"{results.bits_per_byte(n, ALL, chosen).mean():.4f}" for n in (base, own)]
         rows[-1].append(_range(results.difference(own, base, ALL, chosen)))
     return rows
+
+
+def _seeds(results: Results, arm: str, found: Evaluated) -> str:
+    lost = len(results.diverged[arm])
+    return f"{len(found.nats)} of {len(found.nats) + lost}" if lost else str(len(found.nats))
 
 
 def _of_seeds(values: Array) -> str:

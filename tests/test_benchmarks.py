@@ -131,6 +131,51 @@ def test_the_cost_model_is_what_it_says(
     assert said.count("by the model") == 2
 
 
+def test_controls_are_what_they_say() -> None:
+    lists = runpy.run_path(str(BENCHMARKS / "worth.py"))["control_lists"]
+    # Six chunks of three documents are the database; row 4 is not admitted.
+    own = np.array([[0, 2], [0, 2], [2, 3], [3, 6], [3, 6], [3, 6]])
+    found = np.array([[2, 3, 5], [3, 2, -1], [0, 1, 5], [0, 1, -1], [1, 2, -1], [2, 0, 1]])
+    admitted = np.array([0, 1, 2, 3, 5])
+
+    def of(control: str, seed: int = 0) -> np.ndarray:
+        return lists(control, found, own, admitted, np.random.default_rng(seed))
+
+    assert of("oracle").tolist() == [
+        *([3, 2, -1], [5, -1, -1]),  # the next chunk's, without what is of this one's document
+        *([0, 1, -1], [1, 2, -1], [2, 0, 1], [-1, -1, -1]),
+    ]
+    for control in ("random", "shuffled"):
+        many = np.concatenate([of(control, seed) for seed in range(200)])
+        owners = np.tile(own, (200, 1))
+        real = many >= 0
+        assert not (real & (many >= owners[:, :1]) & (many < owners[:, 1:])).any()
+        assert (np.sort(~real, axis=1) == ~real).all()  # -1 at the end
+        np.testing.assert_array_equal(of(control), of(control))
+        assert (of(control) != of(control, 1)).any()
+    first = np.concatenate([of("random", seed)[:1] for seed in range(500)])
+    assert set(first.flatten().tolist()) - {-1} == {2, 3, 5}
+    shuffled = np.concatenate([of("shuffled", seed)[3] for seed in range(99)])
+    assert set(shuffled.tolist()) == {0, 1, 2, -1}
+
+
+def test_differences_are_of_documents_and_seeds() -> None:
+    report = runpy.run_path(str(BENCHMARKS / "worth_report.py"))
+    results = object.__new__(report["Results"])
+    results.documents = np.array([0, 0, 1])
+    one = np.array([[[1, 2, 9], [1, 1, 4]]], float)  # a seed, (all, served), three chunks
+    base = np.array([[[2, 4, 12], [2, 2, 4]], [[2, 4, 12], [2, 2, 4]]], float)
+    found, low, high = results.difference(one, base)
+    assert found == pytest.approx(100 * (12 / 18 - 1))
+    assert (low, high) == pytest.approx((100 * (3 / 6 - 1), 100 * (9 / 12 - 1)))
+    assert results.difference(one, base, 1)[0] == pytest.approx(100 * (6 / 8 - 1))
+    chosen = np.array([True, False, False])
+    assert results.difference(one, base, 0, chosen) == pytest.approx((-50, -50, -50))
+    apart = np.concatenate([one, 2 * one])  # seeds that differ widen what two alike do not
+    assert results.difference(apart, base)[1] < results.difference(1.5 * one, base)[1]
+    assert results.difference(apart, apart) == pytest.approx((0, 0, 0))
+
+
 def experiment_commands(small: str) -> list[str]:
     """The README's, with a small corpus' own settings after theirs."""
     readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
@@ -157,7 +202,7 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
         for d in make_documents(24, longest=200)
     ]
     write_jsonl(tmp_path / "bible.jsonl", chapters)
-    swaps = ["no_neighbors", "oracle", "without_chapters", "k1", "neighbor_alone", "bm25"]
+    swaps = ["no_neighbors", "random", "shuffled", "oracle", "without_chapters", "k1", "bm25"]
     small = (
         f"data.embedder.name={tiny_encoder} data.chunk_size=16 data.seq_len=64 data.batch_size=4 "
         "model.width=32 model.heads=2 model.layers=2 model.encoder_layers=1 precision=32-true "
@@ -179,6 +224,10 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
 
     assert "3 trainings to run" in run_command(experiment, tmp_path)
     assert "0 trainings to run" in run_command(experiment, tmp_path)  # what is there, stays
+    other = f"{experiment} model.learning_rate=1"
+    refused = subprocess.run(other.split(), capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "trained with other settings (model)" in refused.stderr
 
     size = sum(len(d["text"].encode()) for d in parts["evaluated"])
     evaluations = {"retrieval-0": {"own", *swaps}, "retrieval-1": {"own"}, "none-0": {"own"}}

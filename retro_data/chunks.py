@@ -113,6 +113,11 @@ def cut_chunks(
     return chunks.reshape(total, chunk_size), lengths, count
 
 
+def masked(tokens: Array, mask: Array, value: int, dtype: np.dtype[Any]) -> Array:
+    """Tokens as `dtype`, and a value that may be wider than theirs where the mask is False."""
+    return np.where(mask, tokens, dtype.type(value)).astype(dtype)
+
+
 def narrowest(limit: int, types: Sequence[type]) -> np.dtype[Any]:
     """The first of `types` that holds `limit`."""
     return next(np.dtype(t) for t in types if limit <= np.iinfo(t).max)

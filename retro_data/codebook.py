@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from retro_data import store
-from retro_data.database import Database, DatabasePlace
+from retro_data.database import Database, DatabasePlace, draw_rows
 from retro_data.errors import RetroDataError
 from retro_data.index_factory import (
     FLAT,
@@ -53,7 +54,6 @@ log = logging.getLogger(__name__)
 POINTS_PER_LIST = 100  # training vectors a list, between faiss' 39 and 256
 POINTS_PER_CODEBOOK = 65_536  # training vectors of a product quantizer: 256 a centroid
 TRAINING_BYTES = 10  # for each number of a vector trained on: as stored, as float32, and rotated
-DRAWN_AT_ONCE = 2**22  # rows looked through for those drawn
 
 
 @dataclass
@@ -74,7 +74,7 @@ class CodebookStage:
     name = "codebook"
     version = 1
     unit = "indexes"
-    tolerance = 0.0
+    tolerance = math.inf  # a rotation trained by another number of threads has other bytes
 
     def __init__(self, settings: IndexSettings, metric: str, database: DatabasePlace) -> None:
         check_metric(metric)
@@ -152,23 +152,6 @@ def gpu_resources(device: str) -> Any:
     return faiss.StandardGpuResources() if on_gpu else None
 
 
-def draw_rows(admitted: Array, count: int, seed: Sequence[int]) -> Array:
-    """(<= count,) int64 admitted rows, each as likely as any other, ascending.
-
-    Beside the (N,) bool mask, memory goes by `count`, not by N, as long as that is far larger.
-    """
-    total = int(np.count_nonzero(admitted))
-    rng = np.random.default_rng(seed)
-    drawn = np.sort(rng.choice(total, min(count, total), replace=False, shuffle=False))
-    found, before = [np.zeros(0, np.int64)], 0
-    for start in range(0, len(admitted), DRAWN_AT_ONCE):
-        rows = start + np.flatnonzero(admitted[start : start + DRAWN_AT_ONCE])
-        low, high = np.searchsorted(drawn, (before, before + len(rows)))
-        found.append(rows[drawn[low:high] - before])
-        before += len(rows)
-    return np.concatenate(found)
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -212,7 +195,8 @@ class Trainer:
             )
         sample = self._sample(min(wanted, settings.sample_size))
         if len(sample) < least:
-            log.info(
+            log.log(
+                logging.INFO if settings.factory is None else logging.WARNING,
                 "%s needs %d vectors to train on, found %d: %s is built instead",
                 *(self.factory, least, len(sample), FLAT),
             )

@@ -26,6 +26,7 @@ from retro_data.store import ChunkStore, DatabaseStores, Embeddings
 
 Array = np.ndarray[Any, Any]
 
+DRAWN_AT_ONCE = 2**22  # rows looked through for those drawn
 SHARE_SALT = "database.share"  # so that a share is drawn alike from every split
 
 
@@ -193,6 +194,13 @@ class DatabasePlace:
     def rows(self) -> int:
         return int(store.finished(self.folder)["rows"])
 
+    @property
+    def mask_bytes(self) -> int:
+        """Of the rows that are admitted, in memory wherever it is open; 0 before it is made."""
+        with contextlib.suppress(RetroDataError):
+            return self.rows
+        return 0
+
     def open(self) -> Database:
         return Database(self)
 
@@ -267,3 +275,20 @@ class Database:
             ranges[known, 0] = first + begin[document[known]]
             ranges[known, 1] = first + begin[document[known] + 1]
         return ranges
+
+
+def draw_rows(admitted: Array, count: int, seed: Sequence[int]) -> Array:
+    """(<= count,) int64 admitted rows, each as likely as any other, ascending.
+
+    Beside the (N,) bool mask, memory goes by `count`, not by N, as long as that is far larger.
+    """
+    total = int(np.count_nonzero(admitted))
+    rng = np.random.default_rng(seed)
+    drawn = np.sort(rng.choice(total, min(count, total), replace=False, shuffle=False))
+    found, before = [np.zeros(0, np.int64)], 0
+    for start in range(0, len(admitted), DRAWN_AT_ONCE):
+        rows = start + np.flatnonzero(admitted[start : start + DRAWN_AT_ONCE])
+        low, high = np.searchsorted(drawn, (before, before + len(rows)))
+        found.append(rows[drawn[low:high] - before])
+        before += len(rows)
+    return np.concatenate(found)

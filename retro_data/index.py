@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from retro_data import artifact, store
-from retro_data.codebook import draw_rows, gpu_resources, has_gpu_wheel, shape_of
-from retro_data.database import Database, DatabasePlace
+from retro_data.codebook import gpu_resources, has_gpu_wheel, shape_of
+from retro_data.database import Database, DatabasePlace, draw_rows
 from retro_data.errors import RetroDataError
 from retro_data.exact import Vectors, nearest
 from retro_data.index_factory import (
@@ -90,6 +90,7 @@ class IndexContext:
     database: Database
     questions: Questions
     adder: Adder
+    codebook: str  # digest of the trained index
 
 
 class IndexStage:
@@ -152,7 +153,9 @@ class IndexStage:
             database = self.database.open()
             trained = self.codebook[0] / store.TRAINED_INDEX
             adder = Adder(trained, self.metric, device)
-            yield IndexContext(database, Questions.draw(self.settings, database), adder)
+            questions = Questions.draw(self.settings, database)
+            digest = store.finished(self.codebook[0])["files"][store.TRAINED_INDEX]["sha256"]
+            yield IndexContext(database, questions, adder, digest)
 
     def make(self, context: IndexContext, block: Block, out: BlockWriter) -> None:
         index = context.adder.empty()
@@ -170,8 +173,15 @@ class IndexStage:
         out.array(store.part_name(block.index, store.TRUTH_IDS), truth.ids)
         out.array(store.part_name(block.index, store.TRUTH_DISTANCES), truth.distances)
         out.note("build_seconds", seconds)
+        out.note("codebook", context.codebook)
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:
+        if len({receipt.notes["codebook"] for receipt in receipts}) > 1:
+            raise RetroDataError(
+                f"the files in {folder} were filled from two trainings of {self.codebook[0]}, which "
+                "was made anew meanwhile and has other bytes: what they hold cannot be compared. "
+                f"Remove {folder} and run `retro-data prepare` again."
+            )
         codebook = store.finished(self.codebook[0])
         files = {n: e for r in receipts for n, e in r.files.items() if store.is_index(n)}
         arrays = {
@@ -288,9 +298,10 @@ class Adder:
             return None
         index = self.empty()  # by name, or faiss frees the lists in it
         lists = inverted(index)
-        if lists is None or not has_plain_centroids(lists):
-            return None
         faiss = import_faiss()
+        blocked = getattr(faiss, "IndexIVFFastScan", ())  # codes in blocks of their own, not by row
+        if lists is None or isinstance(lists, blocked) or not has_plain_centroids(lists):
+            return None
         centroids = faiss.IndexFlat(lists.d, metric_code(self.metric))
         centroids.add(lists.quantizer.reconstruct_n(0, lists.nlist))
         return faiss.index_cpu_to_gpu(self.gpu, 0, centroids)

@@ -31,6 +31,8 @@ def create(factory: str, dim: int, metric: str) -> Index:
     faiss = import_faiss()
     try:
         index = faiss.index_factory(dim, factory, metric_code(metric))
+        if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):
+            raise RuntimeError("it maps ids itself, to which global rows are not known")
         if inverted(index) is None:
             index = faiss.IndexIDMap(index)
         query_parameters(index, {})
@@ -140,7 +142,7 @@ def query_parameters(index: Index, parameters: Mapping[str, int], selector: Any 
     if isinstance(index, faiss.IndexPreTransform):
         inner = query_parameters(index.index, parameters, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexIVF):
+    if isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFPQR):
         if "quantizer_efSearch" in parameters:
             chosen["quantizer_params"] = faiss.SearchParametersHNSW(
                 efSearch=parameters["quantizer_efSearch"]
@@ -148,9 +150,9 @@ def query_parameters(index: Index, parameters: Mapping[str, int], selector: Any 
         return faiss.SearchParametersIVF(nprobe=parameters.get("nprobe", 1), **chosen)
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=parameters.get("efSearch", 16), **chosen)
-    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexPQ):
+    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
         return faiss.SearchParameters(**chosen)
-    raise RuntimeError(f"{type(index).__name__} is not of the families Flat, SQ, PQ, HNSW, IVF")
+    raise RuntimeError(f"{type(index).__name__} is not of the families Flat, SQ, HNSW, IVF")
 
 
 def parameter_steps(index: Index, rows: int) -> list[dict[str, int]]:

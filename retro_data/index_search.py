@@ -176,12 +176,24 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def search(self, queries: Array, k: int, excluded: Array | None = None) -> tuple[Array, Array]:
+    def wider(self) -> list[dict[str, int]]:
+        """The search parameters, then those with which more is looked at."""
+        steps = self._shards.steps()
+        return steps[steps.index(self.parameters) :]
+
+    def search(
+        self,
+        queries: Array,
+        k: int,
+        excluded: Array | None = None,
+        parameters: Mapping[str, int] | None = None,
+    ) -> tuple[Array, Array]:
         """The k nearest rows that the index finds.
 
         Args:
             queries: (n, d) float16 or float32.
             excluded: (2,) global rows [lo, hi) that are not to be found: of the queries' document.
+            parameters: in the place of its own.
 
         Returns:
             (n, k) float32 distances, squared L2 or inner product, and (n, k) int64 global rows,
@@ -197,10 +209,11 @@ class SearchIndex:
                 f"{self.dim}. Embed both by one encoder."
             )
         vectors = np.ascontiguousarray(queries, np.float32)
+        parameters = self.parameters if parameters is None else parameters
         if excluded is None:
-            return self._shards.search(vectors, k, self.parameters)
+            return self._shards.search(vectors, k, parameters)
         with outside(*excluded.tolist()) as selector:
-            return self._shards.search(vectors, k, self.parameters, selector)
+            return self._shards.search(vectors, k, parameters, selector)
 
 
 def load_index(folder: Path, manifest: Mapping[str, Any] | None = None) -> SearchIndex:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from retro_data import store
-from retro_data.chunks import narrowest
+from retro_data.chunks import masked, narrowest
 from retro_data.row_readers import ChunkReader
 from retro_data.splits import EVALUATION, SPLITS, SplitOfCorpus
 from retro_data.stage import (
@@ -75,8 +75,8 @@ def longest_common_substrings(
     for start in range(0, pairs, step):
         part = slice(start, start + step)
         # Two values that no token has and that differ: what is masked matches nothing.
-        one = np.where(query_mask[part], queries[part], top + 1).astype(dtype)
-        other = np.where(retrieved_mask[part], retrieved[part], top + 2).astype(dtype)
+        one = masked(queries[part], query_mask[part], top + 1, dtype)
+        other = masked(retrieved[part], retrieved_mask[part], top + 2, dtype)
         found[part] = _longest(np.ascontiguousarray(one.T), np.ascontiguousarray(other.T), count)
     return found
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from retro_data.chunks import narrowest
+from retro_data.chunks import masked, narrowest
+from retro_data.database import draw_rows
 from retro_data.row_readers import ChunkReader
 
 Array = np.ndarray[Any, Any]
@@ -42,15 +43,14 @@ class TermStatistics:
 def term_statistics(
     reader: ChunkReader, admitted: Array, vocab_size: int, bos_id: int | None
 ) -> TermStatistics:
-    """Statistics of the admitted chunks among every so many-th of the database.
+    """Statistics of the admitted chunks of a database, or of as many as are drawn.
 
     Args:
         reader: of the database's chunks.
         admitted: (M,) bool, which of its rows may be neighbors.
         bos_id: no term.
     """
-    stride = max(1, -(-len(admitted) // SAMPLE_CHUNKS))
-    rows = stride * np.flatnonzero(admitted[::stride])
+    rows = draw_rows(admitted, SAMPLE_CHUNKS, [0])
     holders = np.zeros(vocab_size + 1, np.int64)  # the last one: of what is no term
     tokens_read = 0
     for start in range(0, len(rows), READ_CHUNKS):
@@ -135,8 +135,8 @@ def _term_counts(
     top = int(max(queries.max(initial=0), candidates.max(initial=0)))
     dtype = narrowest(top + 2, (np.uint16, np.uint32, np.uint64))
     # Two values that no token has and that differ: what is masked matches nothing.
-    wanted = np.where(query_mask, queries, top + 1).astype(dtype)
-    held = np.where(candidate_mask, candidates, top + 2).astype(dtype)
+    wanted = masked(queries, query_mask, top + 1, dtype)
+    held = masked(candidates, candidate_mask, top + 2, dtype)
     found = np.empty((rows * listed, width), count)
     row_bytes = listed * ((width + length) * dtype.itemsize + length + width * count.itemsize)
     step = max(1, WORKING_BYTES // row_bytes)

@@ -22,8 +22,7 @@ from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
 from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, nearest, rank, recall
 from retro_data.index_search import SearchIndex, load_index
-from retro_data.quality import neighbor_quality, sample_rows
-from retro_data.row_readers import ChunkReader
+from retro_data.quality import sample_rows, stored_quality
 from retro_data.stage import (
     Block,
     BlockWriter,
@@ -89,6 +88,7 @@ class NeighborContext:
     queries: ChunkStore
     vectors: Vectors
     database: Database
+    num_admitted: int
     index: SearchIndex | None
     exact: Search
     itself: SelfSearch | None  # where the queries are rows of a database that a GPU holds
@@ -131,7 +131,8 @@ class NeighborStage:
         self.search = search
         self.index = index
         exact = search == "exact"
-        memory = Resources.memory + (settings.memory if exact else 0)
+        # By index, too, lists that it leaves short are found exactly.
+        memory = Resources.memory + settings.memory + database.mask_bytes
         self.resources = Resources(
             gpu=exact, threads=0, in_runs=exact, together=exact, memory=memory
         )
@@ -176,7 +177,14 @@ class NeighborStage:
             itself = exact.of_itself(self.settings.num_stored, own, first_row, stop)
         return contextlib.nullcontext(
             NeighborContext(
-                ChunkStore(self.chunks[0]), vectors, database, index, exact, itself, first_row
+                queries=ChunkStore(self.chunks[0]),
+                vectors=vectors,
+                database=database,
+                num_admitted=int(np.count_nonzero(database.admitted)),
+                index=index,
+                exact=exact,
+                itself=itself,
+                first_row=first_row,
             )
         )
 
@@ -210,31 +218,41 @@ class NeighborStage:
     ) -> Neighbors:
         """Search wide and drop the own document, wider where that left too few, then without it.
 
-        The last is done exactly, or in a database too large for that by the index, which a graph
-        among its vectors makes less sure to find them.
+        What is short then is found exactly, or in a database too large for that by looking further
+        into the index, and stays short where even that finds no more.
         """
         k, admitted = self.settings.num_stored, context.database.admitted
-        before = np.concatenate([[0], np.cumsum(admitted)])
-        possible = before[-1] - (before[own[:, 1]] - before[own[:, 0]])
-        want = np.where(queries.any(1), np.minimum(k, possible), 0)
+        total = context.num_admitted
+        inside = own[:, 1] - own[:, 0]  # a document is admitted as a whole
+        inside *= admitted[np.minimum(own[:, 0], len(admitted) - 1)]
+        want = np.where(queries.any(1), np.minimum(k, total - inside), 0)
         ids = np.full((len(queries), k), -1, np.int64)
         todo = np.flatnonzero(want)
+
+        def short() -> Array:
+            found: Array = (ids[todo] >= 0).sum(1)
+            return np.asarray(todo[found < want[todo]])
+
         for width in (2 * k, 16 * k):
             if len(todo):
-                _, hits = index.search(queries[todo], min(width, int(before[-1])))
+                _, hits = index.search(queries[todo], min(width, total))
                 ids[todo] = _others(hits, own[todo], k)
-                todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
+                todo = short()
                 out.count(f"rows_short_after_{width}", len(todo))
-        if before[-1] > COMPLETED_EXACTLY:
-            for alike in np.split(todo, 1 + np.flatnonzero(np.diff(own[todo, 0]))):
-                if len(alike):  # chunks of one document
-                    ids[alike] = index.search(queries[alike], k, own[alike[0]])[1]
-            todo = todo[(ids[todo] >= 0).sum(1) < want[todo]]
+        if total > COMPLETED_EXACTLY:
+            for parameters in index.wider():
+                for alike in np.split(todo, 1 + np.flatnonzero(np.diff(own[todo, 0]))):
+                    if len(alike):  # chunks of one document
+                        found = index.search(queries[alike], k, own[alike[0]], parameters)
+                        ids[alike] = found[1]
+                todo = short()
+            out.count("rows_left_short", len(todo))
+            todo = todo[:0]
         out.count("rows_searched_exactly", len(todo))
-        found = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
+        ranked = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
         if len(todo):
-            found.ids[todo], found.distances[todo] = context.exact(queries[todo], k, own[todo])
-        return found
+            ranked.ids[todo], ranked.distances[todo] = context.exact(queries[todo], k, own[todo])
+        return ranked
 
     def _count(self, found: Neighbors, own: Array, last: Array, out: BlockWriter) -> None:
         real = found.ids >= 0
@@ -250,7 +268,7 @@ class NeighborStage:
         arrays = {name: lay_parts(folder, receipts, name) for name in names}
         counts = total_counts(receipts)
         used = max(1, counts["used_candidates"])
-        quality = self._quality(folder)
+        quality = stored_quality(folder, self.chunks[0], self.database.open())
         if self.index is not None:
             quality |= self._recall(folder)
         log.info("neighbors %s: %s", self.corpus, quality)
@@ -265,16 +283,6 @@ class NeighborStage:
                 "same_document_rate": counts["same_document"] / max(1, counts["candidates_found"]),
             },
         }
-
-    def _quality(self, folder: Path) -> dict[str, Any]:
-        database = self.database.open()
-        chunks = ChunkStore(self.chunks[0])
-        ids, distances = (
-            artifact.open_array(folder / name)
-            for name in (store.NEIGHBOR_IDS, store.NEIGHBOR_DISTANCES)
-        )
-        reader = ChunkReader(database.stores, chunks.chunk_size, prefetch=False)
-        return neighbor_quality(chunks, ids, distances, reader, database.admitted)
 
     def _recall(self, folder: Path) -> dict[str, Any]:
         """Of what came of the index, for this corpus' own chunks; None where nothing can be found."""

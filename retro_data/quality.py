@@ -5,10 +5,13 @@ All of it is of samples drawn alike from the whole, of a size that no corpus cha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retro_data import artifact, store
+from retro_data.database import Database
 from retro_data.row_readers import ChunkReader
 from retro_data.store import ChunkStore
 
@@ -22,6 +25,22 @@ HUB_SHARE = 0.01  # of the chunks that may be neighbors: the most hit ones are c
 HUB_NEAREST = 10  # neighbors of each chunk that count as hits
 READ_ROWS = 2**18  # rows of ids read at once
 PAIRS_AT_ONCE = 256  # texts that are compared
+
+
+def stored_quality(folder: Path, chunks: Path, database: Database) -> dict[str, Any]:
+    """`neighbor_quality` of what an artifact stores.
+
+    Args:
+        folder: of ids and distances of neighbors.
+        chunks: folder of the store whose neighbors they are.
+    """
+    ids, distances = (
+        artifact.open_array(folder / name)
+        for name in (store.NEIGHBOR_IDS, store.NEIGHBOR_DISTANCES)
+    )
+    queries = ChunkStore(chunks)
+    reader = ChunkReader(database.stores, queries.chunk_size, prefetch=False)
+    return neighbor_quality(queries, ids, distances, reader, database.admitted)
 
 
 def neighbor_quality(

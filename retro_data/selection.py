@@ -28,7 +28,7 @@ from retro_data.errors import RetroDataError
 from retro_data.leakage import longest_common_substrings, query_text, retrieved_mask
 from retro_data.lexical import TermStatistics, bm25_scores, overlap_scores, term_statistics
 from retro_data.neighbors import is_last_of_document
-from retro_data.quality import neighbor_quality
+from retro_data.quality import stored_quality
 from retro_data.row_readers import ChunkReader
 from retro_data.stage import (
     Block,
@@ -243,7 +243,6 @@ class SelectionStage:
 
     name = "selection"
     version = 1
-    resources = Resources(threads=1)
     unit = "chunks"
     tolerance = 0.0
 
@@ -258,6 +257,7 @@ class SelectionStage:
     ) -> None:
         self.settings = settings
         self.corpus = corpus
+        self.resources = Resources(threads=1, memory=Resources.memory + database.mask_bytes)
         self.chunks, self.neighbors = chunks, neighbors
         self.database = database
         self.tokenizer = tokenizer
@@ -341,7 +341,7 @@ class SelectionStage:
             ", ".join(f"{rate:.4f} of {k}" for k, rate in used.items()),
             counts["first_neighbors_changed"],
         )
-        quality = self._quality(folder)
+        quality = stored_quality(folder, self.chunks[0], self.database.open())
         return {
             "arrays": arrays,
             "rows": sum(r.rows for r in receipts),
@@ -354,16 +354,6 @@ class SelectionStage:
                 "fill_rate_used_of_first": used,
             },
         }
-
-    def _quality(self, folder: Path) -> dict[str, Any]:
-        database = self.database.open()
-        chunks = ChunkStore(self.chunks[0])
-        ids, distances = (
-            artifact.open_array(folder / name)
-            for name in (store.NEIGHBOR_IDS, store.NEIGHBOR_DISTANCES)
-        )
-        reader = ChunkReader(database.stores, chunks.chunk_size, prefetch=False)
-        return neighbor_quality(chunks, ids, distances, reader, database.admitted)
 
 
 def _prefixes(width: int) -> list[int]:

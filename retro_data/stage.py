@@ -121,7 +121,8 @@ class Stage(Protocol):
     version: int
     resources: Resources
     unit: str  # of its rows, for the progress bar
-    tolerance: float  # of a vector's length, by which it may differ when made again; 0: to the byte
+    # Of a vector's length, by which it may differ when made again; 0: to the byte; inf: as it likes.
+    tolerance: float
 
     def key_fields(self) -> dict[str, Any]: ...
     def parents(self) -> dict[str, str]: ...

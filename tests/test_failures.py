@@ -76,6 +76,16 @@ def processes_of_session(session: int) -> list[int]:
     return found
 
 
+def test_ctrl_c_while_workers_begin_is_the_parents_alone(tmp_path: Path) -> None:
+    parent = start(prepare_squares(tmp_path / "artifact"))
+    wait_for(lambda: len(processes_of_session(parent.pid)) == 3)
+    os.killpg(parent.pid, signal.SIGINT)
+    said = parent.communicate(timeout=30)[1]
+    assert parent.returncode != 0
+    assert said.count("Traceback") == 1
+    wait_for(lambda: processes_of_session(parent.pid) == [])
+
+
 def test_ctrl_c_ends_all_processes_and_leaves_what_a_resume_completes(tmp_path: Path) -> None:
     """A terminal sends SIGINT to the parent and to its workers."""
     folder = tmp_path / "artifact"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_data import artifact, codebook, index_factory, integrity, store
-from retro_data.codebook import CodebookStage, Trainer, draw_rows
-from retro_data.database import DatabasePlace
+from retro_data import artifact, index_factory, integrity, store
+from retro_data.codebook import CodebookStage, Trainer
+from retro_data.database import DatabasePlace, draw_rows
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine, local
 from retro_data.engines.local import StageFailed
 from retro_data.errors import RetroDataError
@@ -341,6 +343,41 @@ def test_too_few_rows_to_train_on_make_a_flat_index(
     assert share_found(index, place, 5) == 1.0
 
 
+@pytest.mark.parametrize(
+    "factory", ["PQ4x4", "OPQ4,PQ4x4", "IVF16,PQ4+4", "IDMap,Flat", "Nonsense"]
+)
+def test_what_cannot_be_searched_beside_a_document_is_refused_before_it_is_trained(
+    tmp_path: Path, place: DatabasePlace, factory: str
+) -> None:
+    with pytest.raises(RetroDataError, match=r"faiss cannot make index\.factory"):
+        build(place, tmp_path / "index", factory=factory)
+
+
+def test_files_filled_from_two_trainings_are_refused(tmp_path: Path, place: DatabasePlace) -> None:
+    settings = IndexSettings(factory="IVF16,SQfp16", shard_rows=500, threads=1)
+    stage = index_stage(settings, "l2", place, tmp_path / "i")
+    manifest = complete(stage, tmp_path / "i", InlineEngine())
+    assert len(manifest["files"]) > 1
+    other = dataclasses.replace(settings, seed=settings.seed + 1)
+    again = index_stage(other, "l2", place, tmp_path / "other").codebook[0]
+    for name in (store.TRAINED_INDEX, artifact.MANIFEST):  # as another machine would have made it
+        shutil.copy(again / name, stage.codebook[0] / name)
+    (tmp_path / "i" / next(iter(manifest["files"]))).unlink()
+    with pytest.raises(RetroDataError, match=r"two trainings .* Remove"):
+        complete(stage, tmp_path / "i", InlineEngine())
+
+
+def test_a_training_with_other_bytes_is_no_damage(
+    tmp_path: Path, place: DatabasePlace, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = IndexSettings(factory="IVF16,SQ8", threads=1)
+    folder = index_stage(settings, "l2", place, tmp_path / "i").codebook[0]
+    other = CodebookStage(dataclasses.replace(settings, seed=9), "l2", place)
+    with caplog.at_level(logging.INFO):
+        assert integrity.recompute(other, folder, InlineEngine(), 1.0) == []
+    assert "with other bytes" in caplog.text
+
+
 def test_a_sample_too_small_is_refused(tmp_path: Path, place: DatabasePlace) -> None:
     with pytest.raises(RetroDataError, match=r"at least 128 .* index\.sample_size=100"):
         build(place, tmp_path / "index", factory="IVF128,Flat", sample_size=100)
@@ -382,11 +419,12 @@ def test_centroids_are_trained_where_a_gpu_would_be(
     assert trainer.index.ntotal == 0
 
 
+@pytest.mark.parametrize("factory", ["PCA8,IVF16,SQfp16", "IVF16,PQ4x4fs"])
 def test_lists_found_by_a_separate_index_of_centroids_are_the_same(
-    tmp_path: Path, place: DatabasePlace, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, place: DatabasePlace, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
     """On a GPU the centroids lie there, and rows are added to lists that it found."""
-    stage = index_stage(IndexSettings(factory="PCA8,IVF16,SQfp16"), "l2", place, tmp_path / "i")
+    stage = index_stage(IndexSettings(factory=factory), "l2", place, tmp_path / "i")
     trained = stage.codebook[0] / store.TRAINED_INDEX
     vectors = place.open().rows(100, 700).astype(np.float32)
     made = []
@@ -397,7 +435,7 @@ def test_lists_found_by_a_separate_index_of_centroids_are_the_same(
             monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *given: given[2], raising=False)
         index = adder.empty()
         adder.add(index, np.arange(100, 700), vectors)
-        assert (adder.assigner is not None) == separate
+        assert (adder.assigner is not None) == (separate and not factory.endswith("fs"))
         made.append(faiss.serialize_index(index))
     assert np.array_equal(*made)
     assert index.ntotal == 600
@@ -553,7 +591,7 @@ def test_a_killed_worker_costs_its_shard_and_a_resume_makes_the_same_bytes(
 def test_rows_are_drawn_from_all_that_are_admitted(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codebook, "DRAWN_AT_ONCE", 97)
+    monkeypatch.setattr("retro_data.database.DRAWN_AT_ONCE", 97)
     admitted = np.random.default_rng(0).random(3000) < 0.3
     admitted[500:1000] = False
     rows = np.flatnonzero(admitted)

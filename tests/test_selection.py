@@ -20,10 +20,19 @@ from test_leakage import slow as longest_common
 from test_pipeline import Recorder
 
 from retro_data import lexical, pipeline, selection, stage, store
+from retro_data.database import draw_rows
 from retro_data.datamodule import RetroDataModule
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
-from retro_data.lexical import K1, B, term_statistics
+from retro_data.leakage import longest_common_substrings
+from retro_data.lexical import (
+    K1,
+    B,
+    TermStatistics,
+    bm25_scores,
+    overlap_scores,
+    term_statistics,
+)
 from retro_data.pipeline import Settings
 from retro_data.row_readers import ChunkReader
 from retro_data.selection import SelectionContext, SelectionSettings, select
@@ -169,18 +178,55 @@ def test_it_equals_the_slow_reference(
 def test_terms_are_counted_in_a_sample_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token t stands in chunks t // 4 alone; every third chunk is looked at, but for row 3."""
+    """Token t stands in chunk t // 4 alone; three of the six admitted ones are looked at."""
     chunks = write_chunks(tmp_path / "c", [28])
     reader = ChunkReader(database_of(chunks), 0, prefetch=False)
     admitted = np.arange(7) != 3
     monkeypatch.setattr(lexical, "SAMPLE_CHUNKS", 3)
     monkeypatch.setattr(lexical, "READ_CHUNKS", 1)
     found = term_statistics(reader, admitted, 28, bos_id=24)
-    looked_at = [0, 1, 2, 3, 25, 26, 27]
+    rows = draw_rows(admitted, 3, [0])
+    assert len(rows) == 3
+    assert 3 not in rows
+    looked_at = [t for row in rows for t in range(4 * row, 4 * row + 4) if t != 24]
+    other = min(set(range(28)) - set(looked_at))
     assert np.flatnonzero(found.weights < found.weights.max()).tolist() == looked_at
-    assert found.mean_length == 7 / 2
-    assert found.weights[0] == np.float32(math.log1p(1.5 / 1.5))
-    assert found.weights[4] == np.float32(math.log1p(2.5 / 0.5))
+    assert found.mean_length == len(looked_at) / 3
+    assert found.weights[looked_at[0]] == np.float32(math.log1p(2.5 / 1.5))
+    assert found.weights[other] == np.float32(math.log1p(3.5 / 0.5))
+
+
+def test_terms_of_a_small_part_of_the_database_are_all_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = write_chunks(tmp_path / "c", [28])
+    reader = ChunkReader(database_of(chunks), 0, prefetch=False)
+    monkeypatch.setattr(lexical, "SAMPLE_CHUNKS", 2)
+    found = term_statistics(reader, np.isin(np.arange(7), [1, 5]), 28, bos_id=None)
+    assert np.flatnonzero(found.weights < found.weights.max()).tolist() == [
+        4,
+        5,
+        6,
+        7,
+        *range(20, 24),
+    ]
+
+
+@pytest.mark.parametrize("vocabulary", [2**16 - 2, 2**16 - 1, 2**16])
+def test_what_is_masked_matches_nothing_in_vocabularies_that_fill_two_bytes(
+    vocabulary: int,
+) -> None:
+    last = vocabulary - 1
+    queries = np.array([[0, 1, last, last]], np.uint16)
+    candidates = np.array([[[0, 1, last], [last, last, last]]], np.uint16)
+    no, yes = np.zeros((1, 4), bool), np.ones((1, 2, 3), bool)
+    statistics = TermStatistics(np.ones(vocabulary, np.float32), 3.0)
+    for query_mask, mask in ((no, yes), (~no, ~yes), (no, ~yes)):
+        assert not bm25_scores(queries, candidates, query_mask, mask, statistics).any()
+        assert not overlap_scores(queries, candidates, query_mask, mask).any()
+        pairs = np.repeat(queries, 2, axis=0), candidates[0]
+        masks = np.repeat(query_mask, 2, axis=0), mask[0]
+        assert not longest_common_substrings(*pairs, *masks).any()
 
 
 def test_long_chunks_and_many_candidates_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class _Child:
         lifeline_read, self.lifeline = os.pipe()  # closes when this process dies, however it dies
         descriptors = (theirs.fileno(), lifeline_read)
         command = [sys.executable, "-m", "retro_data.engines.worker", *map(str, descriptors)]
-        with theirs:
+        with theirs, _interrupts_held():
             self.process = subprocess.Popen(
                 command,
                 env=child_environment(variables),
@@ -224,6 +224,16 @@ def describe(blocks: Iterable[int]) -> str:
     """What a worker does with these blocks in its hands, for a message."""
     names = " and ".join(map(str, sorted(blocks)))
     return f"block {names}" if names else "opening a worker"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C reaches this thread after, and a process begun within only once it lets it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _has_descriptor(stream: Any) -> bool:

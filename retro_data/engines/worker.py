@@ -67,6 +67,7 @@ def device_kind(device: str) -> str:
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends its workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held since the process began
     channel, lifeline = map(int, sys.argv[1:3])
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     connection = Connection(channel)

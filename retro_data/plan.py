@@ -561,7 +561,8 @@ class _Reckoning:
             lists = _lists(str(self.factory))
             flop = 2.0 * rows * dim * (lists + PROBED_LISTS * admitted / max(1, lists))
             seconds, how = flop / self._rate("cpu"), PRODUCTS
-            memory = base + (0 if self.settings.index.memory_mapped else index_bytes)
+            memory = base + neighbors.memory  # of lists that are completed exactly
+            memory += 0 if self.settings.index.memory_mapped else index_bytes
         return StagePlan(f"neighbors {name}", rows, size, 2 * size, memory, seconds, how)
 
     def _list_bytes(self, name: str) -> int:

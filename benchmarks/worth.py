@@ -77,13 +77,13 @@ def _jobs(config: Config) -> list[tuple[str, int]]:
 
 
 def _settings_of(config: Config, arm: str) -> Config:
-    """All that a training of an arm depends on, but its seed and the version of the code."""
+    """All that the results of an arm depend on, but its seed and the version of the code."""
     given = config["arms"][arm]
     data = _merged(config["data"], given.get("data", {}))
     return {
         "data": {k: v for k, v in data.items() if k not in ("root", "engine", "prepare")},
         "model": _merged(config["model"], given.get("model", {})),
-        "control": given.get("control"),
+        "swaps": _swaps_of(config, arm),
         **{name: config[name] for name in ("epochs", "warmup", "precision", "split")},
     }
 
@@ -94,10 +94,10 @@ def _is_there(config: Config, arm: str, seed: int, folder: Path) -> bool:
         return False
     with np.load(path) as found:
         settings = json.loads(str(found["about"]))["settings"]
-    other = [k for k, v in _settings_of(config, arm).items() if settings[k] != v]
+    other = [k for k, v in _settings_of(config, arm).items() if settings.get(k) != v]
     if other:
         raise RetroDataError(
-            f"{path} was trained with other settings ({', '.join(other)}): remove it, or choose "
+            f"{path} was made with other settings ({', '.join(other)}): remove it, or choose "
             "another `folder`."
         )
     return True
@@ -393,9 +393,8 @@ def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
         nats = token_nats(logits, labels)
         terms = score_terms(nats, labels, served, model.bytes_per_token, model.eos_id)[:, 0]
         of_label = chunks_of_labels(batch["chunk_ids"], lengths, labels, model.eos_id)
-        place = torch.searchsorted(ids, of_label).clamp(
-            max=len(ids) - 1
-        )  # where no label is: adds 0
+        place = torch.searchsorted(ids, of_label)
+        place = place.clamp(max=len(ids) - 1)  # where no label is: adds 0
         sums.index_add_(1, place.flatten(), terms.flatten(2).flatten(0, 1))
     return sums.view(2, 3, -1).cpu().numpy()
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_data import RetroDataError
 from retro_data.leakage import ALPHAS
 from retro_data.leakage_curve import MEASURES, draw_curve
 
@@ -56,6 +57,7 @@ class Results:
 
     Attributes:
         scores: (arm, swap) -> its scores; `own` is the swap with what the arm was trained on.
+        diverged: arm -> its seeds that did.
         bytes: (2, E) of the text of each evaluated chunk, all and served.
         documents: (E,) number of its document; names: of these; r, r_seen: (E,).
     """
@@ -64,6 +66,7 @@ class Results:
         with np.load(folder / EVALUATION) as about:
             self.documents, self.names = about["documents"], about["names"].tolist()
             self.r, self.r_seen = about["r"], about["r_seen"]
+        self.bytes: Array = np.zeros((2, 0))
         self.diverged: dict[str, list[int]] = defaultdict(list)
         nats: dict[tuple[str, str], list[Array]] = defaultdict(list)
         told: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -73,6 +76,8 @@ class Results:
                 if about["diverged"]:
                     self.diverged[about["arm"]].append(about["seed"])
                     continue
+                if nats and not np.array_equal(self.bytes, found["bytes"]):
+                    raise RetroDataError(f"{path} is of other evaluated text than those before it.")
                 self.bytes = found["bytes"]
                 for name in found.files:
                     if name.startswith("nats "):
@@ -82,6 +87,13 @@ class Results:
         self.scores = {
             key: Evaluated(np.stack(parts).astype(float), told[key]) for key, parts in nats.items()
         }
+
+    def own(self, arm: str) -> Evaluated:
+        """An arm with what it was trained on."""
+        if (arm, "own") not in self.scores:
+            there = ", ".join(name for name, swap in self.scores if swap == "own") or "none"
+            raise RetroDataError(f"no training of {arm} that did not diverge; there are: {there}.")
+        return self.scores[arm, "own"]
 
     def bits_per_byte(self, nats: Array, way: int = ALL, chosen: Array | None = None) -> Array:
         """Of (…, 2, E) nats, for all labels or served ones, of chosen (E,) chunks: (…)."""
@@ -132,7 +144,7 @@ def arms(results: Results, baseline: str) -> list[list[str]]:
             *("to baseline", "served", "r_seen <= 12.5%", "r <= 12.5%"),
         ]
     ]
-    base = results.scores[baseline, "own"].nats
+    base = results.own(baseline).nats
     for (arm, swap), found in results.scores.items():
         if swap != "own":
             continue
@@ -148,12 +160,15 @@ def arms(results: Results, baseline: str) -> list[list[str]]:
                 *(_range(results.difference(found.nats, base, SERVED, chosen)) for chosen in low),
             ]
         )
+    for arm, seeds in results.diverged.items():
+        if (arm, "own") not in results.scores:
+            rows.append([arm, f"0 of {len(seeds)}", *["-"] * (len(rows[0]) - 2)])
     return rows
 
 
 def swaps(results: Results, arm: str, baseline: str) -> list[list[str]]:
     rows = [["evaluated with", "seeds", "bits per byte", "to baseline", "to its own"]]
-    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"]
+    base, own = results.own(baseline).nats, results.own(arm)
     for (name, swap), found in results.scores.items():
         if name == arm:
             rows.append(
@@ -171,7 +186,7 @@ def by_leakage(results: Results, arm: str, baseline: str) -> list[list[str]]:
     rows = [
         ["served labels of chunks with", "share of bytes", "baseline", "neighbors", "to baseline"]
     ]
-    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    base, own = results.own(baseline).nats, results.own(arm).nats
     for name, leak in (("r", results.r), ("r_seen", results.r_seen)):
         for alpha in ALPHAS:
             chosen = leak <= alpha
@@ -192,7 +207,7 @@ def draw(results: Results, arm: str, baseline: str, measure: str) -> str:
     for alpha in ALPHAS:
         row = {"alpha": alpha}
         for name, of_arm in names.items():
-            nats = results.scores[of_arm, "own"].nats
+            nats = results.own(of_arm).nats
             row[name] = float(results.bits_per_byte(nats, SERVED, leak <= alpha).mean())
         rows.append(row)
     return draw_curve(rows, measure, labels={n: f"{a}, bits per byte" for n, a in names.items()})
@@ -200,7 +215,7 @@ def draw(results: Results, arm: str, baseline: str, measure: str) -> str:
 
 def by_source(results: Results, arm: str, baseline: str, most: int = 12) -> list[list[str]]:
     rows = [["source", "documents", "bytes", "baseline", "neighbors", "to baseline"]]
-    base, own = results.scores[baseline, "own"].nats, results.scores[arm, "own"].nats
+    base, own = results.own(baseline).nats, results.own(arm).nats
     source = np.array([name.partition("/")[0] for name in results.names])[results.documents]
     names, size = np.unique(source), {}
     for name in names:

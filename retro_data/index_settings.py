@@ -39,7 +39,8 @@ class IndexSettings:
         shard_rows: most database rows of one file of the index, a shard; each is made by one
             worker, which holds it whole. 0 takes as many as fill a sixteenth of `max_index_memory`,
             and a million at least: a small index is one file.
-        threads: of training, and of each worker that adds rows; 0 leaves faiss its own number.
+        threads: of training, and of each worker that adds rows; 0 leaves faiss its own number. In no
+            key, though a rotation (OPQ) that another number trains has other bytes, as good.
     """
 
     planner: str = keyed("autofaiss")

@@ -38,9 +38,7 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-COMPLETED_EXACTLY = (
-    2**20
-)  # database rows, up to which a list that an index left short is found exactly
+COMPLETED_EXACTLY = 2**20  # database rows, up to which lists that an index left short are searched
 RECALL_QUERIES = 256  # chunks whose neighbors found by index are held against exact ones, at most
 RECALL_PAIRS = 2**35  # of such a chunk and a database row: fewer chunks of a huge database
 RECALL_AT = 10

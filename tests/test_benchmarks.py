@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import make_documents, write_jsonl
 
+from retro_data.errors import RetroDataError
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STAGES = ["corpus", "tokenizer", "chunks", "embeddings", "database", "neighbors", "leakage"]
 
@@ -176,6 +178,40 @@ def test_differences_are_of_documents_and_seeds() -> None:
     assert results.difference(apart, apart) == pytest.approx((0, 0, 0))
 
 
+def write_results(folder: Path, *trainings: tuple[str, int, float]) -> None:
+    """Of two chunks of two documents: nats of each arm and seed."""
+    folder.mkdir()
+    leak = np.zeros(2, np.float32)
+    names = np.array(["a/1", "b/1"])
+    np.savez(folder / "evaluation.npz", documents=np.arange(2), names=names, r=leak, r_seen=leak)
+    for arm, seed, nats in trainings:
+        about = {"arm": arm, "seed": seed, "diverged": bool(np.isnan(nats)), "parameters": 1}
+        about = json.dumps({**about, "flops_a_token": None})
+        sizes = np.full((2, 2), 8)
+        each = {"about": about, "bytes": sizes, "nats own": np.full((2, 2), nats)}
+        np.savez(folder / f"{arm}-{seed}.npz", **each)
+
+
+def test_a_training_that_diverged_is_told(tmp_path: Path) -> None:
+    lost = float("nan")
+    trainings = [
+        ("none", 0, 3.0),
+        ("random", 0, lost),
+        ("retrieval", 0, 2.0),
+        ("retrieval", 1, lost),
+    ]
+    write_results(tmp_path / "results", *trainings)
+    tables = run_command(
+        f"{sys.executable} {BENCHMARKS}/worth_report.py results --markdown", tmp_path
+    )
+    assert re.search(r"\| retrieval +\| 1 of 2 ", tables)
+    assert re.search(r"\| random +\| 0 of 1 +\| - ", tables)
+    assert "-33.33%" in tables
+    report = runpy.run_path(str(BENCHMARKS / "worth_report.py"))
+    with pytest.raises(RetroDataError, match=r"no training of random .* none, retrieval"):
+        report["main"]([str(tmp_path / "results"), "--baseline", "random"])
+
+
 def experiment_commands(small: str) -> list[str]:
     """The README's, with a small corpus' own settings after theirs."""
     readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
@@ -227,7 +263,7 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
     other = f"{experiment} model.learning_rate=1"
     refused = subprocess.run(other.split(), capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 1
-    assert "trained with other settings (model)" in refused.stderr
+    assert "made with other settings (model)" in refused.stderr
 
     size = sum(len(d["text"].encode()) for d in parts["evaluated"])
     evaluations = {"retrieval-0": {"own", *swaps}, "retrieval-1": {"own"}, "none-0": {"own"}}

@@ -15,6 +15,8 @@ KINDS = ("local", "ray")
 class EngineSettings:
     """Where the work runs. Nothing here changes a byte of any artifact on the same device kind.
 
+    But where an index rotates its vectors (OPQ), training by another number of threads does.
+
     `engine: ray` is short for `engine: {kind: ray}`.
 
     Attributes:

@@ -320,7 +320,7 @@ def _run(config: Config, arm: str, seed: int, folder: Path, until: float) -> str
         "diverged": not all(np.isfinite(array).all() for array in arrays.values()),
         "steps": num_steps,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_a_token": _flops_a_token(config, model, datamodule),
+        "flops_a_token": _flops_a_token(model, datamodule),
         "tokens": tokens,
         "tokens_a_second": round(tokens / trained),
         "seconds": round(time.monotonic() - began, 1),
@@ -400,15 +400,15 @@ def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
 
 
 @torch.compiler.set_stance("force_eager")  # a compiled part would not be counted
-def _flops_a_token(config: Config, model: RetroLM, datamodule: RetroDataModule) -> float | None:
-    """Of one training step, as torch counts them; on a CPU it would leave out attention."""
+def _flops_a_token(model: RetroLM, datamodule: RetroDataModule) -> float | None:
+    """Of one training step, as torch counts them: on a CPU, and of runs, it leaves out attention."""
     if not torch.cuda.is_available():
         return None
     batch = {
         k: v.to(_device()) for k, v in datamodule.dataset("train").__getitems__([0, 1]).items()
     }
     model.train()
-    with FlopCounterMode(display=False) as counter, _autocast(config):
+    with FlopCounterMode(display=False) as counter:  # float32: under masks
         token_nats(model(batch), batch["labels"]).sum().backward()
     model.zero_grad()
     return float(counter.get_total_flops() / batch["labels"].numel())

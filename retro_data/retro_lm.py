@@ -11,9 +11,10 @@ Shapes: B rows, n = seq_len, m = chunk_size, l = n / m, k = num_neighbors, r = r
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ from retro_data.leakage_curve import (
     curve,
     sums_of_bins,
 )
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = "window_size" in inspect.signature(varlen_attn).parameters  # from torch 2.11 on
+except ImportError:
+    HAS_VARLEN = False
 
 IGNORED_LABEL = -100
 
@@ -145,6 +153,53 @@ def rotate(x: Tensor, at: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+class DocumentRuns(NamedTuple):
+    """What causal attention within documents needs in the place of a mask of all pairs.
+
+    Attributes:
+        bounds: (B * l + 1,) int32, where a document begins in the rows laid end to end, ascending;
+            behind the last begins nothing, at B * n.
+        longest: at most so many tokens are of one.
+    """
+
+    bounds: Tensor
+    longest: int
+
+
+def document_runs(document_ids: Tensor, chunk_size: int) -> DocumentRuns:
+    """The runs of equal document_ids (B, l) in a row; padding ends a run, so no text sees it."""
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 1), value=True)
+    begins = torch.cat([begins[:, :-1].flatten(), begins[0, -1:]])
+    at = torch.arange(len(begins), device=begins.device, dtype=torch.int32) * chunk_size
+    bounds = torch.where(begins, at, at[-1]).sort().values
+    return DocumentRuns(bounds, document_ids.shape[1] * chunk_size)
+
+
+def runs_can_be_attended(weight: Tensor) -> bool:
+    """Whether FlashAttention over runs of tokens (arXiv 2307.08691) can take what `weight` yields."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    return (
+        HAS_VARLEN
+        and weight.is_cuda
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | DocumentRuns) -> Tensor:
+    """Attention of q (b, h, t, d) to k and v (b, h, s, d): where a mask is True, or within runs."""
+    if isinstance(visible, DocumentRuns):
+        bounds, longest = visible
+        b = len(q)
+        q, k, v = (rearrange(x, "b h t d -> (b t) h d") for x in (q, k, v))
+        causal = (-1, 0)
+        y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=causal)
+        return rearrange(cast(Tensor, y), "(b t) h d -> b h t d", b=b)
+    with sdpa_kernel(ATTENTION_BACKENDS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
 def open_empty_rows(mask: Tensor) -> Tensor:
     """Lets queries without a visible key see all (no NaN); the caller discards what they get."""
     return mask | ~mask.any(-1, keepdim=True)
@@ -163,12 +218,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, at: Tensor, mask: Tensor, context: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        at: Tensor,
+        visible: Tensor | DocumentRuns,
+        context: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The branch to add to x (b, t, w); the context is (b, s, context_dim).
 
-        Each comes with the `rotation` of its positions. `mask`, True where visible, broadcasts to
-        (b, heads, t, s).
+        Each comes with the `rotation` of its positions. `visible` is a mask that broadcasts to
+        (b, heads, t, s), or the runs of x that each see themselves up to the query.
         """
         x = self.norm(x)
         source, source_at = (x, at) if context is None else context
@@ -176,9 +235,7 @@ class Attention(nn.Module):
         k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
         k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
         q, k = rotate(q, at), rotate(k, source_at)
-        with sdpa_kernel(ATTENTION_BACKENDS):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        gained: Tensor = self.out(rearrange(y, "b h t d -> b t (h d)"))
+        gained: Tensor = self.out(rearrange(attend(q, k, v, visible), "b h t d -> b t (h d)"))
         return gained
 
 
@@ -195,9 +252,11 @@ class Layer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, at: Tensor, mask: Tensor, cross: CrossAttend | None) -> Tensor:
+    def forward(
+        self, x: Tensor, at: Tensor, visible: Tensor | DocumentRuns, cross: CrossAttend | None
+    ) -> Tensor:
         """x (b, t, w), `at` a rotation; `cross` gives cross-attention a context, None leaves it out."""
-        x = x + self.dropout(self.attention(x, at, mask))
+        x = x + self.dropout(self.attention(x, at, visible))
         if self.cross_attention is not None and cross is not None:
             x = x + self.dropout(cross(self.cross_attention, x))
         return self.feed_forward(x)
@@ -340,10 +399,11 @@ class RetroLM(LightningModule):
             raise RetroDataError("the model has no cross-attention; build it with retrieval=True")
         retrieval = self.retrieval if retrieval is None else retrieval
         real = torch.arange(self.chunk_size, device=ids.device) < lengths[..., None]
-        # Causal, within a document, without padding.
-        document = documents.repeat_interleave(self.chunk_size, dim=1)
-        visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
-        mask = open_empty_rows(visible.tril())[:, None]
+        visible: Tensor | DocumentRuns
+        if runs_can_be_attended(self.embedding.weight):
+            visible = document_runs(documents, self.chunk_size)
+        else:
+            visible = self._mask_of_pairs(documents, real)
         slots = neighbor_slots(lengths, documents, self.chunk_size)
         encoded: Tensor | None = None
 
@@ -356,8 +416,14 @@ class RetroLM(LightningModule):
         use = attend_neighbors if retrieval and batch["neighbor_tokens"].numel() else None
         x, at = self.embedding(ids), self._rotation(0, ids.shape[1])
         for layer in self.decoder:
-            x = layer(x, at, mask, use)
+            x = layer(x, at, visible, use)
         return F.linear(self.norm(x), self.embedding.weight[: self.vocab_size])
+
+    def _mask_of_pairs(self, documents: Tensor, real: Tensor) -> Tensor:
+        """(B, 1, n, n), from (B, l) and (B, l, m): causal, within a document, without padding."""
+        document = documents.repeat_interleave(self.chunk_size, dim=1)
+        visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
+        return open_empty_rows(visible.tril())[:, None]
 
     def _rotation(self, start: int, stop: int) -> Tensor:
         weight = self.embedding.weight

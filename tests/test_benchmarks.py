@@ -244,7 +244,8 @@ def test_the_experiment_trains_swaps_goes_on_and_reports(
         "model.width=32 model.heads=2 model.layers=2 model.encoder_layers=1 precision=32-true "
         "model.cross_attention_layers=[2] epochs=1 compile=false swap_seeds=1 arms.random.seeds=0 "
         f"arms.retrieval.seeds=2 arms.retrieval.swaps=[{','.join(swaps)}] arms.none.seeds=1 "
-        "arms.without_chapters.seeds=0 arms.oracle.seeds=0 arms.none_same_flops.seeds=0"
+        "arms.without_chapters.seeds=0 arms.oracle.seeds=0 arms.none_same_flops.seeds=0 "
+        "arms.none_same_parameters.seeds=0"
     )
     cut_chapters, experiment, report = experiment_commands(small)
     run_command(cut_chapters, tmp_path)

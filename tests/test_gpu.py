@@ -12,7 +12,7 @@ import pytest
 import torch
 from device_stage import DeviceStage
 
-from retro_data import RetroDataModule, RetroLM, pipeline
+from retro_data import RetroDataModule, RetroLM, pipeline, retro_lm
 from retro_data.embedder import Embedder, EmbedderSettings
 from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.retro_lm import Attention, rotation
@@ -63,6 +63,34 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
         attention(x, at[0], mask, (context, at[1])).float().pow(2).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_runs_of_documents_are_attended_as_under_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FlashAttention takes runs, with any number of documents a row: outputs and gradients."""
+    torch.manual_seed(0)
+    assert retro_lm.runs_can_be_attended(torch.zeros(1, device="cuda", dtype=torch.bfloat16))
+    model = RetroLM(500, 500, width=128, layers=3, heads=2, retrieval=False).cuda()
+    ids = torch.randint(500, (4, 1024), device="cuda")
+    sizes = torch.randint(1, 65, (4, 16), device="cuda")
+    documents = torch.randint(2, (4, 16), device="cuda").cumsum(1)
+    documents[0], documents[1] = 5, torch.arange(16)  # one, and as many as there are chunks
+    ends = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True)
+    lengths = torch.where(ends, sizes, 64)
+    real = (torch.arange(64, device="cuda") < lengths[..., None]).flatten(1)
+    batch = {"input_ids": ids.where(real, 500), "chunk_lengths": lengths, "document_ids": documents}
+    found = []
+    for by_runs, narrow in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr(retro_lm, "HAS_VARLEN", by_runs)
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            logits = model(batch)[real].float()
+        model.zero_grad()
+        (logits.logsumexp(-1) * torch.linspace(0, 1, len(logits), device="cuda")).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((logits, gradients))
+    for of_runs, under_mask, exact in zip(*found, strict=True):
+        assert of_runs.isfinite().all()
+        off, off_under_mask = ((x - exact).norm() / exact.norm() for x in (of_runs, under_mask))
+        assert off < 1.5 * off_under_mask + 1e-3, (off, off_under_mask)
 
 
 def test_every_worker_sees_one_device_of_its_own(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from retro_data import retro_lm
 from retro_data.errors import RetroDataError
 from retro_data.retro_lm import (
     RetroLM,
@@ -104,6 +108,42 @@ def positions_changed(
     """Positions of row 0 whose logits differ."""
     difference = (model(a, retrieval) - model(b, retrieval)).abs().amax(-1)[0]
     return set(torch.nonzero(difference > SEEN).flatten().tolist())
+
+
+# --- runs of documents ----------------------------------------------------------------------------
+
+
+def attention_of_runs(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_of_keys: Tensor, *_: int, **__: Any
+) -> Tensor:
+    """What `varlen_attn` computes, one run at a time, on a CPU and in any dtype."""
+    assert bounds.dtype == torch.int32
+    assert bounds is bounds_of_keys
+    y = torch.full_like(q, torch.nan)
+    for low, high in itertools.pairwise(bounds.tolist()):
+        q_, k_, v_ = (x[low:high].swapaxes(0, 1) for x in (q, k, v))
+        y[low:high] = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).swapaxes(0, 1)
+    return y
+
+
+def test_runs_of_documents_are_attended_as_under_the_mask(
+    model: RetroLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_batch([[6, 3, 2], [10], [16], [1, 4, 1, 2], []], 4)
+    under_mask = model(batch)
+    monkeypatch.setattr(retro_lm, "runs_can_be_attended", lambda weight: True)
+    monkeypatch.setattr(retro_lm, "varlen_attn", attention_of_runs)
+    by_runs = model(batch)
+    real = batch["input_ids"] != VOCAB
+    torch.testing.assert_close(by_runs[real], under_mask[real])
+    assert by_runs.isfinite().all()
+
+
+def test_runs_end_where_the_document_or_the_row_ends() -> None:
+    documents = torch.tensor([[7, 7, 8, -1], [8, 9, 9, 9]])
+    runs = retro_lm.document_runs(documents, 4)
+    assert runs.bounds.tolist() == [0, 8, 12, 16, 20, 32, 32, 32, 32]
+    assert runs.longest == 16
 
 
 # --- causality ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from retro_data.corpus import CorpusSettings, open_reader
 from retro_data.database import DatabasePlace, DatabaseSettings, DatabaseStage, StoreOfDatabase
 from retro_data.embedder import EmbedderSettings
 from retro_data.embeddings import EmbeddingStage
-from retro_data.engines import EngineSettings, LocalEngine, open_engine
+from retro_data.engines import EngineSettings, open_engine
 from retro_data.errors import RetroDataError
 from retro_data.index import IndexStage
 from retro_data.index_settings import IndexSettings
@@ -572,13 +572,15 @@ def verify(
     """
     if not 0 <= recompute <= 1:
         raise RetroDataError(f"recompute={recompute}: expected a share of the blocks, 0 to 1.")
-    engine = engine or LocalEngine(settings.engine.on_this_machine())
     found = {}
     parents_whole = True
-    for step in steps(settings, read_all=True):
-        wrong = integrity.damage(step.folder, read=True, key=step.key)
-        parents_whole &= not wrong
-        if recompute and parents_whole:  # what is made from damaged parents proves nothing
-            wrong = integrity.recompute(step.stage, step.folder, engine, recompute)
-        found[step.title] = wrong
+    with contextlib.ExitStack() as opened:
+        here = settings.engine.on_this_machine()
+        engine = engine or opened.enter_context(open_engine(here))
+        for step in steps(settings, read_all=True):
+            wrong = integrity.damage(step.folder, read=True, key=step.key)
+            parents_whole &= not wrong
+            if recompute and parents_whole:  # what is made from damaged parents proves nothing
+                wrong = integrity.recompute(step.stage, step.folder, engine, recompute)
+            found[step.title] = wrong
     return found

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,15 @@ class ArithmeticStage:
             "rows": sum(r.rows for r in receipts),
             "figures": total_counts(receipts),
         }
+
+
+class Unclosable(ArithmeticStage):
+    """Its context fails when it is left."""
+
+    @contextlib.contextmanager
+    def open(self, device: str) -> Iterator[str]:
+        yield device
+        raise OSError("it would not close")
 
 
 def entries(diary: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arithmetic_stage import MAIN, SQUARES, ArithmeticStage, Threads, blocks_made, entries
+from arithmetic_stage import (
+    MAIN,
+    SQUARES,
+    ArithmeticStage,
+    Threads,
+    Unclosable,
+    blocks_made,
+    entries,
+)
 
 from retro_data.artifact import open_array, read_manifest
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine, open_engine
@@ -88,6 +96,49 @@ def test_no_worker_is_started_without_a_block_for_it(tmp_path: Path, diary: Path
     assert len({entry["pid"] for entry in entries(diary)}) == 1
 
 
+def test_workers_go_from_stage_to_stage_while_the_engine_is_open(tmp_path: Path):
+    def pids_of(name: str, engine: LocalEngine, rows: int = ROWS) -> set[int]:
+        diary = tmp_path / f"{name}.diary"
+        fate = {0: "meet"} if rows == ROWS else {}
+        complete(ArithmeticStage(rows, diary, fate=fate), tmp_path / name, engine)
+        squares = [i * i for i in range(rows)]
+        assert open_array(tmp_path / name / SQUARES).tolist() == squares
+        return {entry["pid"] for entry in entries(diary)}
+
+    with local(2) as engine:
+        first = pids_of("first", engine)
+        assert len(first) == 2
+        assert pids_of("second", engine) == first
+        killed = min(first)
+        os.kill(killed, signal.SIGKILL)  # as the kernel may, for want of memory
+        wait_for(lambda: not is_running(killed))
+        third = pids_of("third", engine)
+        assert len(third) == 2
+        assert third & first == first - {killed}
+        (alone,) = pids_of("alone", engine, rows=10)  # of all threads: another environment
+        assert alone not in third
+        assert not any(map(is_running, first | third))
+        assert is_running(alone)
+    assert not is_running(alone)
+    assert not pids_of("after", engine) & {alone, *third}
+
+
+def test_a_failure_leaves_the_open_engine_to_go_on_with_new_workers(tmp_path: Path, diary: Path):
+    with local(2) as engine:
+        with pytest.raises(StageFailed, match="block 3 failed"):
+            complete(ArithmeticStage(ROWS, diary, fate={3: "raise"}), tmp_path / "a", engine)
+        failed = {entry["pid"] for entry in entries(diary)}
+        assert not any(map(is_running, failed))
+        complete(ArithmeticStage(ROWS, diary), tmp_path / "a", engine)
+    assert open_array(tmp_path / "a" / SQUARES).tolist() == [i * i for i in range(ROWS)]
+
+
+def test_a_stage_that_cannot_be_closed_is_told(tmp_path: Path, diary: Path):
+    with pytest.raises(StageFailed, match="closing a worker failed: OSError: it would not close"):
+        complete(Unclosable(ROWS, diary), tmp_path / "a", local(1))
+    assert not any(is_running(entry["pid"]) for entry in entries(diary))
+
+
 def test_a_worker_of_a_gpu_makes_two_blocks_at_once(tmp_path: Path, diary: Path):
     assert Resources(blocks_at_once=2).threads_of_worker("cuda:0") == 2
     assert Resources(blocks_at_once=2).threads_of_worker("cpu") == 1
@@ -156,7 +207,7 @@ def test_a_worker_that_dies_is_named_with_its_cause(
 def test_a_stage_that_cannot_be_opened_says_so(tmp_path: Path, diary: Path):
     stage = ArithmeticStage(ROWS, diary)
     stage.open = "not a method"  # type: ignore[assignment,method-assign]
-    with pytest.raises(StageFailed, match="opening a worker failed: TypeError"):
+    with pytest.raises(StageFailed, match="opening or closing a worker failed: TypeError"):
         complete(stage, tmp_path / "a", local(1))
 
 

@@ -16,9 +16,10 @@ __all__ = ["EngineSettings", "InlineEngine", "LocalEngine", "open_engine"]
 
 @contextlib.contextmanager
 def open_engine(settings: EngineSettings) -> Iterator[Engine]:
-    """The engine that the settings name; a cluster that it joins or starts is left at the end."""
+    """The engine that the settings name; its processes end, or its cluster is left, at the end."""
     if settings.kind == "local":
-        yield LocalEngine(settings)
+        with LocalEngine(settings) as local:
+            yield local
         return
     from retro_data.engines.ray import RayEngine
 

@@ -4,7 +4,8 @@ A child is started anew by `python -m retro_data.engines.worker`, never forked (
 a fork), sees the devices that it works on, and no variables by which torch.distributed, torchrun or
 Slurm would take it for a rank. Parent and child speak over a socket pair: the stage once, then a
 block for every receipt, of as many at once as the stage wants. The first failure, or a child that
-dies, ends the run with its cause.
+dies, ends the run with its cause. A child takes seconds to start (imports, a GPU's context, compiled
+kernels), so the next stage that wants the same environment is given to it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StageFailed(RetroDataError):
 
 
 class LocalEngine:
-    """Runs blocks in child processes, one a device.
+    """Runs blocks in child processes, one a device; within `with`, children outlive their stage.
 
     Args:
         settings: devices and number of CPU workers.
@@ -47,6 +48,16 @@ class LocalEngine:
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
+        self._keeps = False
+        self._idle: list[_Child] = []
+
+    def __enter__(self) -> LocalEngine:
+        self._keeps = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keeps = False
+        self._end_idle()
 
     def run(
         self, stage: Stage, folder: Path, missing: Sequence[Block]
@@ -57,11 +68,12 @@ class LocalEngine:
         places = self.places(stage.resources, len(missing))
         children: dict[Connection, _Child] = {}
         pending = PendingBlocks(missing, len(places) if stage.resources.in_runs else 1)
+        self._end_idle(but=[variables for _, variables in places])
         try:
             for number, (device, variables) in enumerate(places):
-                child = _Child(number, variables, stage.resources.threads_of_worker(device))
+                child = self._take_idle(variables) or _Child(variables)
                 children[child.connection] = child
-                child.give((stage, folder, device))
+                child.begin(number, stage, folder, device)
             running = dict(children)
             while running:
                 for connection in wait(list(running)):
@@ -75,10 +87,28 @@ class LocalEngine:
                     elif child.dismiss():
                         del running[child.connection]
             for child in children.values():
-                child.process.wait()
+                child.receive(stage.name)  # that it closed the stage
+            self._idle += children.values()
+            children.clear()
         finally:
             for child in children.values():
                 child.stop()
+            if not self._keeps:
+                self._end_idle()
+
+    def _take_idle(self, variables: dict[str, str]) -> _Child | None:
+        for child in self._idle:
+            if child.variables == variables and child.process.poll() is None:
+                self._idle.remove(child)
+                return child
+        return None
+
+    def _end_idle(self, but: Sequence[dict[str, str]] = ()) -> None:
+        """End children that wait for a stage, but those of these environments."""
+        ended = [child for child in self._idle if child.variables not in but]
+        self._idle = [child for child in self._idle if child.variables in but]
+        for child in ended:
+            child.end()
 
     def places(self, wanted: Resources, blocks: int) -> list[tuple[str, dict[str, str]]]:
         """(device, environment) of each worker that `run` starts for so many blocks of a stage."""
@@ -147,8 +177,8 @@ def device_names(found: int, visible: str | None, chosen: Sequence[int] | None) 
 
 
 class _Child:
-    def __init__(self, number: int, variables: dict[str, str], threads: int) -> None:
-        self.number = number
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = variables
         ours, theirs = socket.socketpair()
         lifeline_read, self.lifeline = os.pipe()  # closes when this process dies, however it dies
         descriptors = (theirs.fileno(), lifeline_read)
@@ -163,18 +193,27 @@ class _Child:
             )
         os.close(lifeline_read)
         self.connection = Connection(ours.detach())
-        self.threads = threads  # of it that still ask for blocks
+        self.number = 0  # among those of a stage
+        self.threads = 0  # of it that still ask for blocks
         self.blocks: set[int] = set()  # in its hands
 
-    def give(self, work: Block | tuple[Stage, Path, str]) -> None:
-        """Hand over the stage, or the next block."""
-        if isinstance(work, Block):
-            self.blocks.add(work.index)
+    def begin(self, number: int, stage: Stage, folder: Path, device: str) -> None:
+        self.number = number
+        self.threads = stage.resources.threads_of_worker(device)
+        self._send((stage, folder, device))
+
+    def give(self, block: Block) -> None:
+        self.blocks.add(block.index)
+        self._send(block)
+
+    def _send(self, message: object) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(work)  # else `receive` meets the end of the stream, and says why
+            self.connection.send(
+                message
+            )  # else `receive` meets the end of the stream, and says why
 
     def receive(self, stage: str) -> Receipt | None:
-        """The next message; None when a thread of the child is ready for its first block."""
+        """The next message; None when a thread is ready for its first block, or the stage is closed."""
         try:
             kind, content = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -205,10 +244,15 @@ class _Child:
 
     def dismiss(self) -> bool:
         """End the thread that asks for a block. Returns whether it was the last."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(None)
+        self._send(None)
         self.threads -= 1
         return not self.threads
+
+    def end(self) -> None:
+        """Let it end by itself, as it has nothing in its hands."""
+        self.connection.close()
+        self.process.wait()
+        self.stop()
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -223,7 +267,7 @@ class _Child:
 def describe(blocks: Iterable[int]) -> str:
     """What a worker does with these blocks in its hands, for a message."""
     names = " and ".join(map(str, sorted(blocks)))
-    return f"block {names}" if names else "opening a worker"
+    return f"block {names}" if names else "opening or closing a worker"
 
 
 @contextlib.contextmanager

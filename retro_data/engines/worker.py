@@ -1,7 +1,8 @@
-"""A worker process: opens a stage once, then makes the blocks it is handed, until told to end."""
+"""A worker process: opens a stage, makes the blocks it is handed, closes it; then the next stage."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,13 @@ def _serve(connection: Connection, stage: Stage, folder: Path, device: str) -> N
                     future.result()
 
 
+def _free_memory() -> None:
+    """Of the stage that was closed: a GPU's, above all, is wanted by others."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _fail(connection: Connection, error: BaseException, block: int | None) -> None:
     """Tell the parent, which needs nothing else of this process, and end whatever else goes on."""
     reason = f"{type(error).__name__}: {error}"
@@ -72,8 +80,10 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     connection = Connection(channel)
     try:
-        stage, folder, device = connection.recv()
-        _serve(connection, stage, folder, device)
+        while True:
+            _serve(connection, *connection.recv())
+            _free_memory()
+            connection.send(("closed", None))
     except EOFError:
         return
     except BaseException as error:

@@ -25,17 +25,20 @@ from retro_data.exact import Search, Vectors
 from retro_data.stage import complete
 from retro_data.store import Embeddings, NeighborLists
 
+DEVICES = torch.cuda.device_count()
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices"),
 ]
 Small = Callable[..., dict[str, Any]]
 RUN = Path(__file__).with_name("resumed_run.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += [f"--nproc-per-node={DEVICES}"]
 
 
 def start(launch: list[str], folder: Path, arguments: dict[str, Any]) -> subprocess.Popen[str]:
-    told = {"folder": str(folder), "arguments": arguments, "devices": 2, "accelerator": "gpu"}
+    told = {"folder": str(folder), "arguments": arguments, "devices": DEVICES, "accelerator": "gpu"}
     return subprocess.Popen(
         [*launch, str(RUN), json.dumps(told, default=str)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -70,29 +73,29 @@ def arrays(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("launch", [TORCHRUN, [sys.executable]], ids=["torchrun", "lightning"])
-def test_two_ranks_prepare_on_both_devices_and_see_each_sample_once(
+def test_all_ranks_prepare_on_all_devices_and_see_each_sample_once(
     small: Small, tmp_path: Path, launch: list[str]
 ) -> None:
     given = {"seq_len": 64, "batch_size": 4, "splits": {"val": 0.2}}
-    arguments = {**small(root=tmp_path / "two"), **given}
+    arguments = {**small(root=tmp_path / "all"), **given}
     run = start(launch, tmp_path / "run", arguments)
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors[-3000:]
     alone = RetroDataModule(**{**small(root=tmp_path / "one"), **given}, engine={"devices": [1]})
     alone.prepare_data()
-    for name, array in arrays(tmp_path / "two").items():
+    for name, array in arrays(tmp_path / "all").items():
         np.testing.assert_array_equal(array, arrays(tmp_path / "one")[name], err_msg=name)
     alone.setup("fit")
     dataset = alone.dataset("train")
     expected = sorted(dataset[i]["chunk_ids"][0].item() for i in range(len(dataset)))
-    ranks = [lines(tmp_path / "run", rank) for rank in (0, 1)]
+    ranks = [lines(tmp_path / "run", rank) for rank in range(DEVICES)]
     half = len(ranks[0]) // 2  # of two epochs
     for epoch in (slice(0, half), slice(half, None)):
         seen = [i for rank in ranks for batch in rank[epoch] for i in batch if i >= 0]
         assert sorted(seen) == expected
 
 
-def test_a_killed_worker_ends_both_ranks_with_its_cause_and_the_next_run_resumes(
+def test_a_killed_worker_ends_all_ranks_with_its_cause_and_the_next_run_resumes(
     small: Small, tmp_path: Path
 ) -> None:
     arguments = {**small(root=tmp_path / "root"), "seq_len": 64, "batch_size": 4}
@@ -109,7 +112,7 @@ def test_a_killed_worker_ends_both_ranks_with_its_cause_and_the_next_run_resumes
     _, errors = run.communicate(timeout=300)
     assert run.returncode != 0
     said = errors.count("was killed by SIGKILL")  # each rank ends with its traceback
-    assert said >= 2, errors[-3000:]
+    assert said >= DEVICES, errors[-3000:]
     assert "embeddings: the worker process" in errors
     again = start(TORCHRUN, tmp_path / "again", arguments)
     _, errors = again.communicate(timeout=300)
@@ -142,7 +145,7 @@ def test_exact_search_shares_queries_among_all_devices() -> None:
     low = np.arange(len(x)) // 20 * 20
     own = np.stack([low, np.minimum(low + 20, len(x))], 1)
     one, many = (Search(Vectors([x]), metric="l2", device=d) for d in ("cuda:1", "cuda"))
-    assert (len(one.gpus), len(many.gpus)) == (1, torch.cuda.device_count())
+    assert (len(one.gpus), len(many.gpus)) == (1, DEVICES)
     for found, expected in (
         (many(x, 8, own), one(x, 8, own)),
         (many.of_itself(8, own).rows(0, len(x)), one(x, 8, own)),

@@ -401,14 +401,16 @@ def _score(config: Config, model: RetroLM, swap: Mapping[str, Any]) -> Array:
 
 @torch.compiler.set_stance("force_eager")  # a compiled part would not be counted
 def _flops_a_token(model: RetroLM, datamodule: RetroDataModule) -> float | None:
-    """Of one training step, as torch counts them: on a CPU, and of runs, it leaves out attention."""
+    """Of one training step, as torch counts them; on a CPU it would leave out attention."""
     if not torch.cuda.is_available():
         return None
     batch = {
         k: v.to(_device()) for k, v in datamodule.dataset("train").__getitems__([0, 1]).items()
     }
     model.train()
-    with FlopCounterMode(display=False) as counter:  # float32: under masks
+    with FlopCounterMode(
+        display=False
+    ) as counter:  # float32, so under a mask: that every torch counts
         token_nats(model(batch), batch["labels"]).sum().backward()
     model.zero_grad()
     return float(counter.get_total_flops() / batch["labels"].numel())

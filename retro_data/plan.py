@@ -126,7 +126,8 @@ def plan(settings: Settings, engine: LocalEngine | None = None) -> Plan:
     """Measure a sample on this machine and reckon with the whole corpora.
 
     Args:
-        engine: where the sample's blocks are made; child processes of this machine where None.
+        engine: where the sample's blocks are made, not one whose children outlive a stage: memory is
+            read off those that ended; child processes of this machine where None.
 
     Raises:
         RetroDataError: the corpora or models cannot be read, or no index fits its budget.

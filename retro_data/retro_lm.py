@@ -40,7 +40,7 @@ try:
 
     HAS_VARLEN = "window_size" in inspect.signature(varlen_attn).parameters  # from torch 2.11 on
 except ImportError:
-    HAS_VARLEN = False
+    varlen_attn, HAS_VARLEN = None, False  # type: ignore[assignment]
 
 IGNORED_LABEL = -100
 
@@ -168,20 +168,24 @@ class DocumentRuns(NamedTuple):
 
 def document_runs(document_ids: Tensor, chunk_size: int) -> DocumentRuns:
     """The runs of equal document_ids (B, l) in a row; padding ends a run, so no text sees it."""
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 1), value=True)
-    begins = torch.cat([begins[:, :-1].flatten(), begins[0, -1:]])
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    begins = F.pad(begins.flatten(), (0, 1), value=True)
     at = torch.arange(len(begins), device=begins.device, dtype=torch.int32) * chunk_size
     bounds = torch.where(begins, at, at[-1]).sort().values
     return DocumentRuns(bounds, document_ids.shape[1] * chunk_size)
 
 
-def runs_can_be_attended(weight: Tensor) -> bool:
+def runs_can_be_attended(weight: Tensor, head_dim: int) -> bool:
     """Whether FlashAttention over runs of tokens (arXiv 2307.08691) can take what `weight` yields."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    dtype = weight.dtype
+    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:  # which is left alone
+        dtype = torch.get_autocast_dtype("cuda")
     return (
         HAS_VARLEN
         and weight.is_cuda
         and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(weight.device) >= (8, 0)
     )
@@ -400,7 +404,7 @@ class RetroLM(LightningModule):
         retrieval = self.retrieval if retrieval is None else retrieval
         real = torch.arange(self.chunk_size, device=ids.device) < lengths[..., None]
         visible: Tensor | DocumentRuns
-        if runs_can_be_attended(self.embedding.weight):
+        if runs_can_be_attended(self.embedding.weight, self.head_dim):
             visible = document_runs(documents, self.chunk_size)
         else:
             visible = self._mask_of_pairs(documents, real)

@@ -26,6 +26,7 @@ from arithmetic_stage import (
 from retro_data.artifact import open_array, read_manifest
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine, open_engine
 from retro_data.engines.local import (
+    END_SECONDS,
     StageFailed,
     child_environment,
     device_names,
@@ -119,7 +120,11 @@ def test_workers_go_from_stage_to_stage_while_the_engine_is_open(tmp_path: Path)
         assert alone not in third
         assert not any(map(is_running, first | third))
         assert is_running(alone)
+        copy = os.dup(engine._idle[0].connection.fileno())  # as a fork of this process would have
+        began = time.monotonic()
+    assert time.monotonic() - began < END_SECONDS
     assert not is_running(alone)
+    os.close(copy)
     assert not pids_of("after", engine) & {alone, *third}
 
 
@@ -134,7 +139,7 @@ def test_a_failure_leaves_the_open_engine_to_go_on_with_new_workers(tmp_path: Pa
 
 
 def test_a_stage_that_cannot_be_closed_is_told(tmp_path: Path, diary: Path):
-    with pytest.raises(StageFailed, match="closing a worker failed: OSError: it would not close"):
+    with pytest.raises(StageFailed, match="closing the stage failed: OSError: it would not close"):
         complete(Unclosable(ROWS, diary), tmp_path / "a", local(1))
     assert not any(is_running(entry["pid"]) for entry in entries(diary))
 
@@ -207,7 +212,7 @@ def test_a_worker_that_dies_is_named_with_its_cause(
 def test_a_stage_that_cannot_be_opened_says_so(tmp_path: Path, diary: Path):
     stage = ArithmeticStage(ROWS, diary)
     stage.open = "not a method"  # type: ignore[assignment,method-assign]
-    with pytest.raises(StageFailed, match="opening or closing a worker failed: TypeError"):
+    with pytest.raises(StageFailed, match="opening or closing the stage failed: TypeError"):
         complete(stage, tmp_path / "a", local(1))
 
 

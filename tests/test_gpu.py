@@ -65,11 +65,18 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_runs_of_documents_are_attended_as_under_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not retro_lm.HAS_VARLEN, reason="needs torch 2.11")
+@pytest.mark.parametrize(
+    "heads", [2, 8]
+)  # of 80 dimensions, and of 20, which FlashAttention does not take
+def test_runs_of_documents_are_attended_as_under_the_mask(
+    monkeypatch: pytest.MonkeyPatch, heads: int
+) -> None:
     """Where FlashAttention takes runs, with any number of documents a row: outputs and gradients."""
     torch.manual_seed(0)
-    assert retro_lm.runs_can_be_attended(torch.zeros(1, device="cuda", dtype=torch.bfloat16))
-    model = RetroLM(500, 500, width=128, layers=3, heads=2, retrieval=False).cuda()
+    weight = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    assert retro_lm.runs_can_be_attended(weight, 160 // heads) == (heads == 2)
+    model = RetroLM(500, 500, width=160, layers=3, heads=heads, retrieval=False).cuda()
     ids = torch.randint(500, (4, 1024), device="cuda")
     sizes = torch.randint(1, 65, (4, 16), device="cuda")
     documents = torch.randint(2, (4, 16), device="cuda").cumsum(1)

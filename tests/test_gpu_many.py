@@ -17,12 +17,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from arithmetic_stage import ArithmeticStage, entries
 from device_stage import DeviceStage
 
 from retro_data import RetroDataModule, pipeline
 from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.exact import Search, Vectors
-from retro_data.stage import complete
+from retro_data.stage import Resources, complete
 from retro_data.store import Embeddings, NeighborLists
 
 DEVICES = torch.cuda.device_count()
@@ -137,6 +138,19 @@ def test_devices_that_are_not_visible_are_not_used(
     command = [sys.executable, "-c", code, str(tmp_path / "visible")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_workers_of_gpus_wait_for_a_later_stage_while_one_needs_fewer(tmp_path: Path) -> None:
+    pids = []
+    with LocalEngine() as engine:
+        for name, rows in (("all", 10 * DEVICES), ("one", 10), ("again", 10 * DEVICES)):
+            diary = tmp_path / f"{name}.diary"
+            fate = {0: "meet"} if rows > 10 else {}
+            stage = ArithmeticStage(rows, diary, fate=fate, resources=Resources(gpu=True))
+            complete(stage, tmp_path / name, engine)
+            pids.append({entry["pid"] for entry in entries(diary)})
+    assert pids[1] < pids[0]
+    assert pids[2] <= pids[0]
 
 
 def test_exact_search_shares_queries_among_all_devices() -> None:

@@ -131,7 +131,7 @@ def test_runs_of_documents_are_attended_as_under_the_mask(
 ) -> None:
     batch = make_batch([[6, 3, 2], [10], [16], [1, 4, 1, 2], []], 4)
     under_mask = model(batch)
-    monkeypatch.setattr(retro_lm, "runs_can_be_attended", lambda weight: True)
+    monkeypatch.setattr(retro_lm, "runs_can_be_attended", lambda weight, head_dim: True)
     monkeypatch.setattr(retro_lm, "varlen_attn", attention_of_runs)
     by_runs = model(batch)
     real = batch["input_ids"] != VOCAB

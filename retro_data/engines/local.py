@@ -32,6 +32,8 @@ RANK_VARIABLES = (
     "LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME PL_GLOBAL_SEED"
 ).split()
 RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "PMI_", "OMPI_")
+ONE_GPU = "cuda:0"  # what a worker calls the only one that it sees
+END_SECONDS = 10.0  # for a worker without work to end by itself
 KEPT = "Finished blocks are kept; the next `retro-data prepare` goes on from them."
 
 
@@ -68,10 +70,12 @@ class LocalEngine:
         places = self.places(stage.resources, len(missing))
         children: dict[Connection, _Child] = {}
         pending = PendingBlocks(missing, len(places) if stage.resources.in_runs else 1)
-        self._end_idle(but=[variables for _, variables in places])
+        taken = [self._take_idle(variables) for _, variables in places]
         try:
+            children = {child.connection: child for child in taken if child is not None}
+            self._end_idle(but_on=places[0][0] if places else "")  # before others start
             for number, (device, variables) in enumerate(places):
-                child = self._take_idle(variables) or _Child(variables)
+                child = taken[number] or _Child(variables)
                 children[child.connection] = child
                 child.begin(number, stage, folder, device)
             running = dict(children)
@@ -103,12 +107,20 @@ class LocalEngine:
                 return child
         return None
 
-    def _end_idle(self, but: Sequence[dict[str, str]] = ()) -> None:
-        """End children that wait for a stage, but those of these environments."""
-        ended = [child for child in self._idle if child.variables not in but]
-        self._idle = [child for child in self._idle if child.variables in but]
-        for child in ended:
-            child.end()
+    def _end_idle(self, but_on: str = "") -> None:
+        """End children that wait for a stage; those of other GPUs stay where one begins on some."""
+        kept = [c for c in self._idle if c.device == but_on == ONE_GPU and c.process.poll() is None]
+        ended = [child for child in self._idle if child not in kept]
+        self._idle = kept
+        try:
+            for child in ended:
+                child.give(None)
+            for child in ended:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(END_SECONDS)
+        finally:
+            for child in ended:
+                child.stop()
 
     def places(self, wanted: Resources, blocks: int) -> list[tuple[str, dict[str, str]]]:
         """(device, environment) of each worker that `run` starts for so many blocks of a stage."""
@@ -116,7 +128,7 @@ class LocalEngine:
         if devices and wanted.together:
             return [("cuda", {"CUDA_VISIBLE_DEVICES": ",".join(devices)})]
         if devices:
-            return [("cuda:0", {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]
+            return [(ONE_GPU, {"CUDA_VISIBLE_DEVICES": name}) for name in devices[:blocks]]
         cores = available_cores()
         threads = wanted.threads or cores
         workers = self.settings.workers or max(1, cores // threads)
@@ -194,23 +206,22 @@ class _Child:
         os.close(lifeline_read)
         self.connection = Connection(ours.detach())
         self.number = 0  # among those of a stage
+        self.device = ""
         self.threads = 0  # of it that still ask for blocks
         self.blocks: set[int] = set()  # in its hands
 
     def begin(self, number: int, stage: Stage, folder: Path, device: str) -> None:
-        self.number = number
+        self.number, self.device = number, device
         self.threads = stage.resources.threads_of_worker(device)
-        self._send((stage, folder, device))
+        self.give((stage, folder, device))
 
-    def give(self, block: Block) -> None:
-        self.blocks.add(block.index)
-        self._send(block)
-
-    def _send(self, message: object) -> None:
+    def give(self, work: Block | tuple[Stage, Path, str] | None) -> None:
+        """Hand over the next block, or the next stage; None where there is none."""
+        if isinstance(work, Block):
+            self.blocks.add(work.index)
+        # A child that is gone: `receive` meets the end of the stream, and says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(
-                message
-            )  # else `receive` meets the end of the stream, and says why
+            self.connection.send(work)
 
     def receive(self, stage: str) -> Receipt | None:
         """The next message; None when a thread is ready for its first block, or the stage is closed."""
@@ -244,15 +255,9 @@ class _Child:
 
     def dismiss(self) -> bool:
         """End the thread that asks for a block. Returns whether it was the last."""
-        self._send(None)
+        self.give(None)
         self.threads -= 1
         return not self.threads
-
-    def end(self) -> None:
-        """Let it end by itself, as it has nothing in its hands."""
-        self.connection.close()
-        self.process.wait()
-        self.stop()
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -267,7 +272,7 @@ class _Child:
 def describe(blocks: Iterable[int]) -> str:
     """What a worker does with these blocks in its hands, for a message."""
     names = " and ".join(map(str, sorted(blocks)))
-    return f"block {names}" if names else "opening or closing a worker"
+    return f"block {names}" if names else "opening or closing the stage"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -51,10 +52,12 @@ def _serve(connection: Connection, stage: Stage, folder: Path, device: str) -> N
 
 
 def _free_memory() -> None:
-    """Of the stage that was closed: a GPU's, above all, is wanted by others."""
+    """Of the stage that was closed: a GPU's, and pages pinned for it, are wanted by others."""
     gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        with contextlib.suppress(AttributeError):  # not in every torch
+            torch.accelerator.empty_host_cache()
 
 
 def _fail(connection: Connection, error: BaseException, block: int | None) -> None:
@@ -80,8 +83,8 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     connection = Connection(channel)
     try:
-        while True:
-            _serve(connection, *connection.recv())
+        while (work := connection.recv()) is not None:
+            _serve(connection, *work)
             _free_memory()
             connection.send(("closed", None))
     except EOFError:

@@ -408,9 +408,8 @@ def _flops_a_token(model: RetroLM, datamodule: RetroDataModule) -> float | None:
         k: v.to(_device()) for k, v in datamodule.dataset("train").__getitems__([0, 1]).items()
     }
     model.train()
-    with FlopCounterMode(
-        display=False
-    ) as counter:  # float32, so under a mask: that every torch counts
+    # In float32, so under a mask: that every torch counts.
+    with FlopCounterMode(display=False) as counter:
         token_nats(model(batch), batch["labels"]).sum().backward()
     model.zero_grad()
     return float(counter.get_total_flops() / batch["labels"].numel())

@@ -66,9 +66,7 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
 
 
 @pytest.mark.skipif(not retro_lm.HAS_VARLEN, reason="needs torch 2.11")
-@pytest.mark.parametrize(
-    "heads", [2, 8]
-)  # of 80 dimensions, and of 20, which FlashAttention does not take
+@pytest.mark.parametrize("heads", [2, 8])  # of 80 dimensions, or of 20: it takes no such
 def test_runs_of_documents_are_attended_as_under_the_mask(
     monkeypatch: pytest.MonkeyPatch, heads: int
 ) -> None:

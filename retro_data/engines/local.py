@@ -68,11 +68,10 @@ class LocalEngine:
             yield from InlineEngine().run(stage, folder, missing)
             return
         places = self.places(stage.resources, len(missing))
-        children: dict[Connection, _Child] = {}
         pending = PendingBlocks(missing, len(places) if stage.resources.in_runs else 1)
         taken = [self._take_idle(variables) for _, variables in places]
+        children = {child.connection: child for child in taken if child is not None}
         try:
-            children = {child.connection: child for child in taken if child is not None}
             self._end_idle(but_on=places[0][0] if places else "")  # before others start
             for number, (device, variables) in enumerate(places):
                 child = taken[number] or _Child(variables)

@@ -85,6 +85,7 @@ def main() -> None:
     try:
         while (work := connection.recv()) is not None:
             _serve(connection, *work)
+            del work  # the stage, with whatever it opened
             _free_memory()
             connection.send(("closed", None))
     except EOFError:

@@ -54,6 +54,7 @@ _LOWEST = -(2.0**125)  # below every score, and finite so that margins can be su
 _UNIT = 2.0**-24  # unit roundoff of float32
 _DTYPES = ("float16", "float32")
 _SUM_WIDTH = 256  # columns whose terms are summed side by side
+_CHECKED_AT_ONCE = 1 << 15  # ranges, that stay in a core's cache
 _TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
 
@@ -711,13 +712,14 @@ def _check_ranges(name: str, ranges: np.ndarray, total: int) -> None:
         raise RetroDataError(
             f"{name} is {ranges.dtype} {ranges.shape}; expected int64 (n, 2), rows [lo, hi)"
         )
-    low, high = ranges.T
-    bad = (low > high) | ((low < high) & ((low < 0) | (high > total)))
-    if bad.any():
-        at = int(bad.argmax())
-        raise RetroDataError(
-            f"{name}[{at}] is [{low[at]}, {high[at]}); expected 0 <= lo <= hi <= {total}"
-        )
+    for start in range(0, len(ranges), _CHECKED_AT_ONCE):
+        low, high = ranges[start : start + _CHECKED_AT_ONCE].T
+        bad = (low > high) | ((low < high) & ((low < 0) | (high > total)))
+        if bad.any():
+            at = int(bad.argmax())
+            raise RetroDataError(
+                f"{name}[{start + at}] is [{low[at]}, {high[at]}); expected 0 <= lo <= hi <= {total}"
+            )
 
 
 def _check_documents(excluded: np.ndarray, total: int) -> None:
@@ -725,18 +727,19 @@ def _check_documents(excluded: np.ndarray, total: int) -> None:
     _check_ranges("excluded", excluded, total)
     if len(excluded) != total:
         raise RetroDataError(f"excluded has {len(excluded)} ranges for {total} database rows")
-    low, high = excluded.T
-    row = np.arange(total)
-    begins, ends = low == row, high == row + 1
-    same = (low[1:] == low[:-1]) & (high[1:] == high[:-1])
-    begins[1:] |= same
-    ends[:-1] |= same
-    bad = (low < high) & ~(begins & ends)
+    if not total:
+        return
+    flat = np.ascontiguousarray(excluded).reshape(-1)
+    differs = (flat[2:] != flat[:-2]).view(np.uint16)  # row i + 1 from row i, in either end
+    edges = np.flatnonzero(differs)
+    begins, ends = np.append(0, edges + 1), np.append(edges, total - 1)
+    low, high = excluded[begins].T
+    bad = (low < high) & ((low != begins) | (high != ends + 1))
     if bad.any():
         at = int(bad.argmax())
         raise RetroDataError(
-            f"excluded[{at}] is [{low[at]}, {high[at]}), not the range of a document: expected it "
-            f"to hold row {at} and to be the range of every row in it"
+            f"excluded[{begins[at]}] is [{low[at]}, {high[at]}), not the range of a document: "
+            f"expected it to hold row {begins[at]} and to be the range of every row in it"
         )
 
 

@@ -24,7 +24,6 @@ order of `exact.fixed_sum`, then rounded to float32. So no bit differs from the 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -162,13 +161,16 @@ class _Lists:
         )
         return part
 
-    def take_in(self, values: Tensor, groups: Tensor) -> None:
-        """The best of these lists and of others of the same rows, in other groups."""
+    def take_in(self, others: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The best of these lists and of others of the same rows: (values, groups) of other groups."""
         n = self.listed
-        of_both = torch.cat([self.groups[:, :n], groups[:, :n]], 1)
-        best = torch.cat([self.values[:, :n], values[:, :n]], 1).topk(n, 1, sorted=False)
+        values, groups = (
+            torch.cat([part[:, :n] for part in parts], 1)
+            for parts in zip((self.values, self.groups), *others, strict=True)
+        )
+        best = values.topk(n, 1, sorted=False)
         self.values[:, :n] = best.values
-        self.groups[:, :n] = of_both.gather(1, best.indices)
+        self.groups[:, :n] = groups.gather(1, best.indices)
 
     def clear(self, floors: Tensor | None = None) -> None:
         """Empty lists, into which only what beats a row's floor will come."""
@@ -745,16 +747,13 @@ class _OnItsWay(NamedTuple):
 class _Side:
     """One device's part of all pairs: the rows, the lists that it keeps of them, and its buffers."""
 
-    def __init__(
-        self, search: GpuSearch, k: int, excluded: np.ndarray[Any, Any], panel: int
-    ) -> None:
+    def __init__(self, search: GpuSearch, k: int, own: _Own, panel: int) -> None:
         assert search.resident is not None
         self.search, self.tile = search, search.resident
         self.rows = self.tile.columns
         height = self.rows.height
         with search.current():
-            own = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
-            self.own = _Own.of(own, 0, height, height)
+            self.own = _Own(*(part.to(search.device) for part in own))
             self.lists = _Lists(height, k, search.device)
             self.lists.clear()
             self.work = _Buffers(panel, height, search.device, by_columns=True)
@@ -788,7 +787,13 @@ class _Panel:
     first: int
     last: int
     side: _Side
+    end: Any  # of its products
     results: _OnItsWay | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether products are left to do, where a device tells."""
+        return self.end is True or not self.end.query()
 
 
 class AllPairs:
@@ -799,7 +804,8 @@ class AllPairs:
     sides at once, and earlier ones that were left out, for itself alone. Panels are ahead of what
     was asked for, so that the device does not wait while results are used.
 
-    Several devices take panels by turns. Each keeps lists of its own for the rows that its panels
+    Of several devices the one with the fewest products left to do takes the next panel: panels meet
+    ever fewer columns, and devices differ. Each keeps lists of its own for the rows that its panels
     meet; when a panel is ranked, the lists that the others have of its rows are taken in. That is a
     round later, so that no device waits for another.
 
@@ -830,8 +836,10 @@ class AllPairs:
         fitting = min(s.free_for_maxima() for s in searches) // max(1, height)
         panel = min(search.panel_rows, fitting // ALIGN * ALIGN, self.stop - self.position)
         self.panel = max(panel, ALIGN)
-        self.sides = [_Side(each, k, excluded, self.panel) for each in searches]
-        self.turns = itertools.cycle(self.sides)
+        with search.current():
+            ranges = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
+            own = _Own.of(ranges, 0, height, height)
+        self.sides = [_Side(each, k, own, self.panel) for each in searches]
         self.lag = len(searches) if len(searches) > 1 else 0  # panels, from products to ranking
         self.ahead = len(searches) + self.lag
         self.flying: deque[_Panel] = deque()
@@ -916,10 +924,18 @@ class AllPairs:
             self._rank(unranked[0])
         return is_more or bool(unranked)
 
+    def _freest(self) -> _Side:
+        """The device that has the fewest columns to meet in the panels that it was set to."""
+        to_do = {id(side): 0 for side in self.sides}
+        for panel in self.flying:
+            if panel.is_to_do:
+                to_do[id(panel.side)] += panel.side.rows.height - panel.first
+        return min(self.sides, key=lambda side: to_do[id(side)])
+
     def _start_panel(self, first: int) -> _Panel:
         """Sets a device to the products of the panel that begins at row `first`; does not wait."""
         last = min(first + self.panel, self.stop)
-        side = next(self.turns)
+        side = self._freest()
         search, work, columns = side.search, side.work, side.rows
         panel = columns.part(first, last)
         own = _Own(side.own.low[first:last], side.own.high[first:last])
@@ -933,21 +949,25 @@ class AllPairs:
                 search.two_sided(panel, own, columns, first, self.stop, lists, side.lists, work)
                 if self.stop < columns.height:
                     search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
-            side.ends.append((first, side.streams.end()))
+            end = side.streams.end()
+        side.ends.append((first, end))
         joined = self.met.pop()[0] if self.met and self.met[-1][1] == first else first
         self.met.append((joined, last))
         self.position = last
-        return _Panel(first, last, side)
+        return _Panel(first, last, side, end)
 
     def _rank(self, panel: _Panel) -> None:
         """Sets the panel's device to rank its rows, once every panel before it has ended."""
         first, last, side = panel.first, panel.last, panel.side
         search, lists = side.search, side.lists.part(first, last)
         with search.current():
-            for other in self.sides:
-                end = other.end_before(first)
-                if other is not side and end is not None:
-                    lists.take_in(*other.lists_for(side, end, first, last))
+            others = [
+                other.lists_for(side, end, first, last)
+                for other in self.sides
+                if other is not side and (end := other.end_before(first)) is not None
+            ]
+            if others:
+                lists.take_in(others)
             best = _Best(last - first, self.k, search.device)
             own = _Own(side.own.low[first:last], side.own.high[first:last])
             rows = side.rows.part(first, last)

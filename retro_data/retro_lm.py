@@ -210,7 +210,11 @@ def open_empty_rows(mask: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another."""
+    """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another.
+
+    Queries and keys are normed in each head, so that attention stays trainable at high learning
+    rates (Dehghani et al. 2023, arXiv 2302.05442, section 2).
+    """
 
     def __init__(self, width: int, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -219,6 +223,7 @@ class Attention(nn.Module):
         self.context_norm = nn.RMSNorm(context_dim) if context_dim else nn.Identity()
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(context_dim or width, 2 * width)
+        self.query_norm, self.key_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -238,7 +243,8 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b t (h d) -> b h t d", d=self.head_dim)
         k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
         k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
-        q, k = rotate(q, at), rotate(k, source_at)
+        q = rotate(self.query_norm(q.to(at.dtype)), at).to(v.dtype)
+        k = rotate(self.key_norm(k.to(at.dtype)), source_at).to(v.dtype)
         gained: Tensor = self.out(rearrange(attend(q, k, v, visible), "b h t d -> b t (h d)"))
         return gained
 
@@ -418,10 +424,16 @@ class RetroLM(LightningModule):
             return self._chunked_cross_attention(attention, x, slots, encoded, batch)
 
         use = attend_neighbors if retrieval and batch["neighbor_tokens"].numel() else None
-        x, at = self.embedding(ids), self._rotation(0, ids.shape[1])
+        x, at = self._embed(ids), self._rotation(0, ids.shape[1])
         for layer in self.decoder:
             x = layer(x, at, visible, use)
         return F.linear(self.norm(x), self.embedding.weight[: self.vocab_size])
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Scaled as in Vaswani et al. 2017, section 3.4: as small as the output head wants them,
+        embeddings would drown in what the first layers add."""
+        embedded: Tensor = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)
+        return embedded
 
     def _mask_of_pairs(self, documents: Tensor, real: Tensor) -> Tensor:
         """(B, 1, n, n), from (B, l) and (B, l, m): causal, within a document, without padding."""
@@ -452,7 +464,7 @@ class RetroLM(LightningModule):
             gained: Tensor = attention(e, at_of_all, chunk_mask, context)
             return rearrange(gained, "c (k r) w -> (c k) r w", k=k)
 
-        tokens = self.embedding(batch["neighbor_tokens"].flatten(0, 2))
+        tokens = self._embed(batch["neighbor_tokens"].flatten(0, 2))
         e: Tensor = self.to_encoder(tokens).to(x.dtype)
         for layer in self.encoder:
             e = layer(e, at, mask, attend_chunk)

@@ -56,6 +56,8 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
     with torch.no_grad():
         attention.query.bias.fill_(3.9)
         attention.key_value.bias[:64] = -3.9
+        for norm in (attention.query_norm, attention.key_norm):
+            norm.weight.fill_(3.9)
     x, context = (torch.randn(8, n, 64, device="cuda", requires_grad=True) for n in (256, 64))
     at = [rotation(torch.zeros(n, device="cuda"), 64) for n in (256, 64)]
     mask = torch.ones(8, 1, 1, 64, dtype=torch.bool, device="cuda")

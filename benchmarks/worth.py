@@ -77,12 +77,13 @@ def _jobs(config: Config) -> list[tuple[str, int]]:
 
 
 def _settings_of(config: Config, arm: str) -> Config:
-    """All that the results of an arm depend on, but its seed and the version of the code."""
+    """All that the results of an arm depend on, but its seed and the version of the data's code."""
     given = config["arms"][arm]
     data = _merged(config["data"], given.get("data", {}))
     return {
         "data": {k: v for k, v in data.items() if k not in ("root", "engine", "prepare")},
         "model": _merged(config["model"], given.get("model", {})),
+        "revision": RetroLM.REVISION,
         "swaps": _swaps_of(config, arm),
         **{name: config[name] for name in ("epochs", "warmup", "precision", "split")},
     }

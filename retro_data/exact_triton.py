@@ -806,8 +806,8 @@ class AllPairs:
 
     Of several devices the one with the fewest products left to do takes the next panel: panels meet
     ever fewer columns, and devices differ. Each keeps lists of its own for the rows that its panels
-    meet; when a panel is ranked, the lists that the others have of its rows are taken in. That is a
-    round later, so that no device waits for another.
+    meet; when a panel is ranked, the lists that the others have of its rows are taken in. That is
+    two rounds later, so that devices seldom wait for each other.
 
     Args:
         searches: of one database that is resident, one of each device.
@@ -840,8 +840,9 @@ class AllPairs:
             ranges = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
             own = _Own.of(ranges, 0, height, height)
         self.sides = [_Side(each, k, own, self.panel) for each in searches]
-        self.lag = len(searches) if len(searches) > 1 else 0  # panels, from products to ranking
-        self.ahead = len(searches) + self.lag
+        count = len(searches)
+        self.lag = 2 * count if count > 1 else 0  # panels, from products to ranking
+        self.ahead = (2 * count if count > 1 else 1) + self.lag
         self.flying: deque[_Panel] = deque()
         self.held: tuple[int, int, Neighbors] | None = None
 
@@ -925,7 +926,7 @@ class AllPairs:
         return is_more or bool(unranked)
 
     def _freest(self) -> _Side:
-        """The device that has the fewest columns to meet in the panels that it was set to."""
+        """The device with the fewest columns to meet, from the first rows of its panels on."""
         to_do = {id(side): 0 for side in self.sides}
         for panel in self.flying:
             if panel.is_to_do:

@@ -209,6 +209,11 @@ def open_empty_rows(mask: Tensor) -> Tensor:
     return mask | ~mask.any(-1, keepdim=True)
 
 
+def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """In the dtype of x (b, h, t, d), whatever that of the weights: in half precision it is inexact."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
+
+
 class Attention(nn.Module):
     """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another.
 
@@ -243,8 +248,8 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b t (h d) -> b h t d", d=self.head_dim)
         k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
         k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
-        q = rotate(self.query_norm(q.to(at.dtype)), at).to(v.dtype)
-        k = rotate(self.key_norm(k.to(at.dtype)), source_at).to(v.dtype)
+        q = rotate(norm_heads(q.to(at.dtype), self.query_norm), at).to(v.dtype)
+        k = rotate(norm_heads(k.to(at.dtype), self.key_norm), source_at).to(v.dtype)
         gained: Tensor = self.out(rearrange(attend(q, k, v, visible), "b h t d -> b t (h d)"))
         return gained
 
@@ -308,6 +313,8 @@ class RetroLM(LightningModule):
     Raises:
         RetroDataError: sizes that do not fit together.
     """
+
+    REVISION = 2  # of what is learned under equal settings
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ for asked in ([(0, 100), (100, 600)], [(300, 510), (590, 600), (0, 20)]):
         found = pairs.neighbors(low, high)
         same(found, type(found)(expected.ids[low:high], expected.distances[low:high]))
 """,
-    "panels that devices take by turns": """
+    "panels that several devices take": """
 rows = 770
 x = gaussian(rows, 12)
 x[530:540] = x[10:20]  # twins in another device's panel

@@ -203,7 +203,7 @@ def test_exact_search_has_the_results_of_the_cpu(
         GpuSearch(database, metric, admitted, f"cuda:{i}", **options)
         for i in range(1, torch.cuda.device_count())
     ]
-    for searches in ([search], [search, search], [search, *others]):  # by turns, if only on one
+    for searches in ([search], [search, search], [search, *others]):  # shared, if only on one
         pairs = AllPairs(searches, k, own, 0, rows)
         for low, high in ((0, rows // 4), (rows // 4, rows // 3), (rows // 2, rows), (0, 9)):
             high = min(high, rows)

@@ -842,7 +842,7 @@ class AllPairs:
         self.sides = [_Side(each, k, own, self.panel) for each in searches]
         count = len(searches)
         self.lag = 2 * count if count > 1 else 0  # panels, from products to ranking
-        self.ahead = (2 * count if count > 1 else 1) + self.lag
+        self.ahead = max(1, 2 * self.lag)
         self.flying: deque[_Panel] = deque()
         self.held: tuple[int, int, Neighbors] | None = None
 

@@ -211,7 +211,7 @@ def open_empty_rows(mask: Tensor) -> Tensor:
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """In the dtype of x (b, h, t, d), whatever that of the weights: in half precision it is inexact."""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 class Attention(nn.Module):

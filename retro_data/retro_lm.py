@@ -4,7 +4,8 @@ After Borgeaud et al. 2021, "Improving language models by retrieving from trilli
 (arXiv 2112.04426), section 2.4: some layers of a causal decoder also attend, chunk by chunk, the
 encoded neighbors of the chunk before; an encoder reads these in both directions, conditioned on
 the decoder's activations of the chunk they were retrieved for. Rotary positions stand in for the
-paper's relative ones. Documents may share a sequence.
+paper's relative ones, and half of the heads see keys shifted by a token. Documents may share a
+sequence.
 
 Shapes: B rows, n = seq_len, m = chunk_size, l = n / m, k = num_neighbors, r = retrieved length.
 """
@@ -214,11 +215,34 @@ def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
+def follows_in_text(real: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Whether the token before, in a sequence, is the one before in a text, too.
+
+    From real (..., t) bool and, if a sequence is of several, the documents (..., t) of its tokens.
+    """
+    follows = real[..., 1:] & real[..., :-1]
+    if documents is not None:
+        follows = follows & (documents[..., 1:] == documents[..., :-1])
+    return F.pad(follows, (1, 0))
+
+
+def shift_keys(k: Tensor, follows: Tensor) -> Tensor:
+    """In half of the heads of k (b, h, s, d), the key of the token before; 0 where none `follows`.
+
+    A head that looks for the token at hand then finds what came after it elsewhere. To copy that, a
+    model need not learn first, in a layer before, to hand each token on to the next (smeared keys:
+    Olsson et al. 2022, arXiv 2209.11895, argument 2).
+    """
+    own, others = k.tensor_split(2, dim=1)
+    before = F.pad(others[:, :, :-1], (0, 0, 1, 0)).masked_fill(~follows[:, None, :, None], 0.0)
+    return torch.cat([own, before], dim=1)
+
+
 class Attention(nn.Module):
     """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another.
 
     Queries and keys are normed in each head, so that attention stays trainable at high learning
-    rates (Dehghani et al. 2023, arXiv 2302.05442, section 2).
+    rates (Dehghani et al. 2023, arXiv 2302.05442, section 2). Half of the heads have `shift_keys`.
     """
 
     def __init__(self, width: int, head_dim: int, context_dim: int | None = None) -> None:
@@ -236,12 +260,14 @@ class Attention(nn.Module):
         x: Tensor,
         at: Tensor,
         visible: Tensor | DocumentRuns,
+        follows: Tensor,
         context: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The branch to add to x (b, t, w); the context is (b, s, context_dim).
 
         Each comes with the `rotation` of its positions. `visible` is a mask that broadcasts to
-        (b, heads, t, s), or the runs of x that each see themselves up to the query.
+        (b, heads, t, s), or the runs of x that each see themselves up to the query; `follows`
+        (b, s), of what is attended, is `follows_in_text`.
         """
         x = self.norm(x)
         source, source_at = (x, at) if context is None else context
@@ -249,6 +275,7 @@ class Attention(nn.Module):
         k, v = self.key_value(self.context_norm(source)).chunk(2, dim=-1)
         k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in (k, v))
         q = rotate(norm_heads(q.to(at.dtype), self.query_norm), at).to(v.dtype)
+        k = shift_keys(k, follows)
         k = rotate(norm_heads(k.to(at.dtype), self.key_norm), source_at).to(v.dtype)
         gained: Tensor = self.out(rearrange(attend(q, k, v, visible), "b h t d -> b t (h d)"))
         return gained
@@ -268,10 +295,15 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, at: Tensor, visible: Tensor | DocumentRuns, cross: CrossAttend | None
+        self,
+        x: Tensor,
+        at: Tensor,
+        visible: Tensor | DocumentRuns,
+        follows: Tensor,
+        cross: CrossAttend | None,
     ) -> Tensor:
         """x (b, t, w), `at` a rotation; `cross` gives cross-attention a context, None leaves it out."""
-        x = x + self.dropout(self.attention(x, at, visible))
+        x = x + self.dropout(self.attention(x, at, visible, follows))
         if self.cross_attention is not None and cross is not None:
             x = x + self.dropout(cross(self.cross_attention, x))
         return self.feed_forward(x)
@@ -314,7 +346,7 @@ class RetroLM(LightningModule):
         RetroDataError: sizes that do not fit together.
     """
 
-    REVISION = 2  # of what is learned under equal settings
+    REVISION = 3  # of what is learned under equal settings
 
     def __init__(
         self,
@@ -416,11 +448,13 @@ class RetroLM(LightningModule):
             raise RetroDataError("the model has no cross-attention; build it with retrieval=True")
         retrieval = self.retrieval if retrieval is None else retrieval
         real = torch.arange(self.chunk_size, device=ids.device) < lengths[..., None]
+        document = documents.repeat_interleave(self.chunk_size, dim=1)
+        follows = follows_in_text(real.flatten(1), document)
         visible: Tensor | DocumentRuns
         if runs_can_be_attended(self.embedding.weight, self.head_dim):
             visible = document_runs(documents, self.chunk_size)
         else:
-            visible = self._mask_of_pairs(documents, real)
+            visible = self._mask_of_pairs(document, real.flatten(1))
         slots = neighbor_slots(lengths, documents, self.chunk_size)
         encoded: Tensor | None = None
 
@@ -433,7 +467,7 @@ class RetroLM(LightningModule):
         use = attend_neighbors if retrieval and batch["neighbor_tokens"].numel() else None
         x, at = self._embed(ids), self._rotation(0, ids.shape[1])
         for layer in self.decoder:
-            x = layer(x, at, visible, use)
+            x = layer(x, at, visible, follows, use)
         return F.linear(self.norm(x), self.embedding.weight[: self.vocab_size])
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -442,10 +476,9 @@ class RetroLM(LightningModule):
         embedded: Tensor = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)
         return embedded
 
-    def _mask_of_pairs(self, documents: Tensor, real: Tensor) -> Tensor:
-        """(B, 1, n, n), from (B, l) and (B, l, m): causal, within a document, without padding."""
-        document = documents.repeat_interleave(self.chunk_size, dim=1)
-        visible = (document[:, :, None] == document[:, None, :]) & real.flatten(1)[:, None]
+    def _mask_of_pairs(self, document: Tensor, real: Tensor) -> Tensor:
+        """(B, 1, n, n), from (B, n) each: causal, within a document, without padding."""
+        visible = (document[:, :, None] == document[:, None, :]) & real[:, None]
         return open_empty_rows(visible.tril())[:, None]
 
     def _rotation(self, start: int, stop: int) -> Tensor:
@@ -458,8 +491,10 @@ class RetroLM(LightningModule):
 
         All of chunk u conditions its neighbors: only its last real token and later ones see them.
         """
-        mask = open_empty_rows(rearrange(batch["neighbor_mask"], "b l k r -> (b l k) 1 1 r"))
+        each = batch["neighbor_mask"].flatten(0, 2)
+        mask, follows = open_empty_rows(each[:, None, None]), follows_in_text(each)
         chunk_mask = open_empty_rows(rearrange(real, "b l m -> (b l) 1 1 m"))
+        follows_in_chunk = follows_in_text(real.flatten(0, 1))
         chunks = rearrange(x, "b (l m) w -> (b l) m w", m=self.chunk_size)
         k, r = batch["neighbor_tokens"].shape[-2:]
         # A neighbor is aligned with the chunk that retrieved it: both start at position 0.
@@ -468,13 +503,13 @@ class RetroLM(LightningModule):
 
         def attend_chunk(attention: Attention, e: Tensor) -> Tensor:
             e = rearrange(e, "(c k) r w -> c (k r) w", k=k)
-            gained: Tensor = attention(e, at_of_all, chunk_mask, context)
+            gained: Tensor = attention(e, at_of_all, chunk_mask, follows_in_chunk, context)
             return rearrange(gained, "c (k r) w -> (c k) r w", k=k)
 
         tokens = self._embed(batch["neighbor_tokens"].flatten(0, 2))
         e: Tensor = self.to_encoder(tokens).to(x.dtype)
         for layer in self.encoder:
-            e = layer(e, at, mask, attend_chunk)
+            e = layer(e, at, mask, follows, attend_chunk)
         return rearrange(e, "(c k) r w -> c k r w", k=k)
 
     def _chunked_cross_attention(
@@ -492,8 +527,9 @@ class RetroLM(LightningModule):
         # A continuation is aligned with chunk u + 1, so slot 0, u's last token, is at m - 1.
         at = self._rotation(self.chunk_size - 1, 2 * self.chunk_size - 1)
         visible = rearrange(batch["neighbor_mask"], "b l k r -> (b l) 1 1 (k r)")
+        follows = rearrange(follows_in_text(batch["neighbor_mask"]), "b l k r -> (b l) (k r)")
         context = encoded.flatten(1, 2), self._rotation(0, r).repeat(1, k, 1)
-        gained = attention(windows, at, open_empty_rows(visible), context)
+        gained = attention(windows, at, open_empty_rows(visible), follows, context)
         gained = gained.masked_fill(~visible.any(-1), 0.0)
         gained = rearrange(gained, "(b l) m w -> b (l m) w", b=rows)
         return F.pad(gained, (0, 0, 0, 1)).gather(1, index)

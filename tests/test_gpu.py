@@ -62,7 +62,8 @@ def test_gradients_are_finite_where_cudnn_gives_nan() -> None:
     at = [rotation(torch.zeros(n, device="cuda"), 64) for n in (256, 64)]
     mask = torch.ones(8, 1, 1, 64, dtype=torch.bool, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        attention(x, at[0], mask, (context, at[1])).float().pow(2).sum().backward()
+        follows = torch.ones(8, 64, dtype=torch.bool, device="cuda")
+        attention(x, at[0], mask, follows, (context, at[1])).float().pow(2).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
 

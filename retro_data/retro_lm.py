@@ -216,7 +216,7 @@ def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def follows_in_text(real: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Whether the token before, in a sequence, is the one before in a text, too.
+    """(..., t) bool: whether the token before, in a sequence, is the one before in a text, too.
 
     From real (..., t) bool and, if a sequence is of several, the documents (..., t) of its tokens.
     """
@@ -227,11 +227,12 @@ def follows_in_text(real: Tensor, documents: Tensor | None = None) -> Tensor:
 
 
 def shift_keys(k: Tensor, follows: Tensor) -> Tensor:
-    """In half of the heads of k (b, h, s, d), the key of the token before; 0 where none `follows`.
+    """k (b, h, s, d), but in the latter h // 2 heads the keys of the token before.
 
-    A head that looks for the token at hand then finds what came after it elsewhere. To copy that, a
-    model need not learn first, in a layer before, to hand each token on to the next (smeared keys:
-    Olsson et al. 2022, arXiv 2209.11895, argument 2).
+    That is 0 for a token that `follows` (b, s) none of its text. A head that looks for the token at
+    hand then finds what came after it elsewhere. To copy that, a model need not learn first, in a
+    layer before, to hand each token on to the next (smeared keys: Olsson et al. 2022, arXiv
+    2209.11895, argument 2).
     """
     own, others = k.tensor_split(2, dim=1)
     before = F.pad(others[:, :, :-1], (0, 0, 1, 0)).masked_fill(~follows[:, None, :, None], 0.0)
@@ -242,7 +243,8 @@ class Attention(nn.Module):
     """Pre-normed multi-head attention to the sequence itself or, if `context_dim`, to another.
 
     Queries and keys are normed in each head, so that attention stays trainable at high learning
-    rates (Dehghani et al. 2023, arXiv 2302.05442, section 2). Half of the heads have `shift_keys`.
+    rates (Dehghani et al. 2023, arXiv 2302.05442, section 2), and half of the heads' keys are shifted
+    (`shift_keys`).
     """
 
     def __init__(self, width: int, head_dim: int, context_dim: int | None = None) -> None:
@@ -302,7 +304,7 @@ class Layer(nn.Module):
         follows: Tensor,
         cross: CrossAttend | None,
     ) -> Tensor:
-        """x (b, t, w), `at` a rotation; `cross` gives cross-attention a context, None leaves it out."""
+        """x (b, t, w), the others as for `Attention`; `cross` gives it a context, None leaves it out."""
         x = x + self.dropout(self.attention(x, at, visible, follows))
         if self.cross_attention is not None and cross is not None:
             x = x + self.dropout(cross(self.cross_attention, x))
@@ -346,7 +348,7 @@ class RetroLM(LightningModule):
         RetroDataError: sizes that do not fit together.
     """
 
-    REVISION = 3  # of what is learned under equal settings
+    REVISION = 3  # of what equal weights compute; a checkpoint of another is refused
 
     def __init__(
         self,
@@ -448,13 +450,13 @@ class RetroLM(LightningModule):
             raise RetroDataError("the model has no cross-attention; build it with retrieval=True")
         retrieval = self.retrieval if retrieval is None else retrieval
         real = torch.arange(self.chunk_size, device=ids.device) < lengths[..., None]
-        document = documents.repeat_interleave(self.chunk_size, dim=1)
-        follows = follows_in_text(real.flatten(1), document)
+        each_real, document = real.flatten(1), documents.repeat_interleave(self.chunk_size, dim=1)
+        follows = follows_in_text(each_real, document)
         visible: Tensor | DocumentRuns
         if runs_can_be_attended(self.embedding.weight, self.head_dim):
             visible = document_runs(documents, self.chunk_size)
         else:
-            visible = self._mask_of_pairs(document, real.flatten(1))
+            visible = self._mask_of_pairs(document, each_real)
         slots = neighbor_slots(lengths, documents, self.chunk_size)
         encoded: Tensor | None = None
 
@@ -533,6 +535,23 @@ class RetroLM(LightningModule):
         gained = gained.masked_fill(~visible.any(-1), 0.0)
         gained = rearrange(gained, "(b l) m w -> b (l m) w", b=rows)
         return F.pad(gained, (0, 0, 0, 1)).gather(1, index)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says which model the weights are of."""
+        checkpoint["retro_lm_revision"] = self.REVISION
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights that would compute something else here.
+
+        Raises:
+            RetroDataError: a checkpoint of another `REVISION`.
+        """
+        found = checkpoint.get("retro_lm_revision", "none")
+        if found != self.REVISION:
+            raise RetroDataError(
+                f"the checkpoint is of revision {found} of RetroLM, expected {self.REVISION}: its "
+                "weights are of another model. Train again, or use the retro_data that made it."
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean nats of the batch's labels."""

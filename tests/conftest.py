@@ -15,7 +15,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model would cost a minute of retries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # Threads of more workers than there are cores wait for each other by spinning: 50 times slower.
+    # More threads than cores wait for each other by spinning: small products take 50 times as long.
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

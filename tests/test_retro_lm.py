@@ -230,7 +230,8 @@ def test_masked_neighbor_tokens_change_nothing(model: RetroLM) -> None:
     batch = make_batch([[16]], 4)
     batch["neighbor_mask"][0, 1, 0, 5:] = False
     batch["neighbor_mask"][0, 2, 1] = False
-    for where in ((0, 1, 0, slice(5, None)), (0, 2, 1)):
+    batch["neighbor_mask"][0, 0, 1, :M] = False
+    for where in ((0, 1, 0, slice(5, None)), (0, 2, 1), (0, 0, 1, slice(M))):
         assert not positions_changed(model, batch, changed(batch, "neighbor_tokens", where))
 
 
@@ -464,7 +465,7 @@ def test_keys_are_shifted_in_half_of_the_heads_within_texts() -> None:
 def random_batch_with_planted_continuations(
     rows: int, generator: torch.Generator, offsets: range
 ) -> Batch:
-    """Random text; the neighbor of a chunk is 2 * M tokens of it, from so far behind its start on."""
+    """Random text; a chunk's neighbor is 2 * M tokens of it that begin at the chunk's start + offset."""
     tokens = torch.randint(EOS, (rows, 7 * M), generator=generator)
     text = tokens[:, M:]
     offset = torch.randint(offsets.start, offsets.stop, (rows, 4, 1), generator=generator)
@@ -558,6 +559,9 @@ def test_fit_validate_checkpoint_and_load(tmp_path: Path) -> None:
     loaded = RetroLM.load_from_checkpoint(path, map_location="cpu")
     assert loaded.bytes_per_token.tolist() == num_bytes.tolist()
     assert loaded.hparams == model.hparams
+    torch.save(saved | {"retro_lm_revision": RetroLM.REVISION - 1}, tmp_path / "other.ckpt")
+    with pytest.raises(RetroDataError, match="another model"):
+        RetroLM.load_from_checkpoint(tmp_path / "other.ckpt", map_location="cpu")
     [figures] = make_trainer(tmp_path).validate(loaded, held_out, verbose=False)
     [tested] = make_trainer(tmp_path).test(loaded, held_out, verbose=False)
     names = {"loss", "loss_served", "loss_eos", "bits_per_byte", "bits_per_byte_served"}

@@ -284,13 +284,13 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention if there is a context, SwiGLU (arXiv 2002.05202)."""
+    """Self-attention, cross-attention if it was given one, SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, head_dim: int, dropout: float, context_dim: int | None) -> None:
+    def __init__(self, width: int, head_dim: int, dropout: float) -> None:
         super().__init__()
         hidden = 8 * math.ceil(width / 3)  # as many weights as two matrices of 4 * width
         self.attention = Attention(width, head_dim)
-        self.cross_attention = Attention(width, head_dim, context_dim) if context_dim else None
+        self.cross_attention: Attention | None = None
         self.norm = nn.RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -409,15 +409,19 @@ class RetroLM(LightningModule):
         self.register_buffer("bytes_per_token", torch.tensor(known, dtype=torch.int64))
         self.embedding = nn.Embedding(vocab_size + 1, width, padding_idx=pad_id)
         self.embedding.weight.data.mul_(0.02)  # as it is the output head, too
-        contexts = (encoder_width if i in crossed else None for i in range(1, layers + 1))
-        self.decoder = nn.ModuleList(Layer(width, head_dim, dropout, c) for c in contexts)
+        self.decoder = nn.ModuleList(Layer(width, head_dim, dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
+        # Last, so that from equal seeds the rest begins as it does without retrieval: a fair pair.
         if retrieval:
             self.to_encoder = nn.Linear(width, encoder_width, bias=False)
             self.encoder = nn.ModuleList(
-                Layer(encoder_width, head_dim, dropout, None if i else width)
-                for i in range(encoder_layers)
+                Layer(encoder_width, head_dim, dropout) for _ in range(encoder_layers)
             )
+            for layer in self.encoder[:1]:
+                layer.cross_attention = Attention(encoder_width, head_dim, width)
+            for number in sorted(crossed):
+                layer = self.decoder[number - 1]
+                layer.cross_attention = Attention(width, head_dim, encoder_width)
             _shrink_branches(self.encoder)
         _shrink_branches(self.decoder)
         self._sums: dict[str, Tensor] = {}

@@ -346,6 +346,12 @@ def test_gradients_reach_every_parameter() -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_equal_seeds_begin_with_equal_weights_with_and_without_retrieval() -> None:
+    retro, plain = make_model().state_dict(), make_model(retrieval=False).state_dict()
+    assert set(plain) < set(retro)
+    assert all(torch.equal(weight, retro[name]) for name, weight in plain.items())
+
+
 def test_built_without_retrieval_reads_no_neighbor_and_refuses_them() -> None:
     model = make_model(retrieval=False)
     batch = make_batch([[15]], 4)

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from retro_data.engines.local import available_cores  # loads no torch, which asks for threads once
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model would cost a minute of retries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # More threads than cores wait for each other by spinning: small products take 50 times as long.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // int(workers))))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a script: the processes of the tests would ignore Ctrl-C, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)

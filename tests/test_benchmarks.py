@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_documents, write_jsonl
+from hydra import compose, initialize_config_dir
 
 from retro_data.errors import RetroDataError
 
@@ -212,12 +213,39 @@ def test_a_training_that_diverged_is_told(tmp_path: Path) -> None:
         report["main"]([str(tmp_path / "results"), "--baseline", "random"])
 
 
-def experiment_commands(small: str) -> list[str]:
-    """The README's, with a small corpus' own settings after theirs."""
+def block_of_does_it_help(language: str) -> str:
+    """The README's one block of a language in that section."""
     readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
     section = readme.split("## Does it help?\n", 1)[1].split("\n## ", 1)[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    commands = block.replace("python benchmarks", f"{sys.executable} {BENCHMARKS}").splitlines()
+    (block,) = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return str(block)
+
+
+def test_the_command_of_manuals_asks_for_what_its_table_shows() -> None:
+    """That one takes hours on a CPU; here its settings are put together, and their names exist."""
+    command = block_of_does_it_help("text").replace("\\\n", " ").split()
+    assert command[:2] == ["python", "benchmarks/worth.py"]
+    with initialize_config_dir(str(BENCHMARKS.parent / "configs"), version_base="1.3"):
+        config = compose("worth", command[2:])
+    assert {name: arm.seeds for name, arm in config.arms.items()} == {
+        "retrieval": 3,
+        "none": 3,
+        "random": 2,
+        "shuffled": 0,
+        "none_same_parameters": 1,
+        "none_same_flops": 1,
+    }
+    assert config.data.corpus.name == "manuals"
+    assert "by_index" not in config.swaps
+
+
+def experiment_commands(small: str) -> list[str]:
+    """The README's, with a small corpus' own settings after theirs."""
+    commands = (
+        block_of_does_it_help("bash")
+        .replace("python benchmarks", f"{sys.executable} {BENCHMARKS}")
+        .splitlines()
+    )
     options = {"chapters.py": "--share 0.2", "worth.py": small, "worth_report.py": ""}
     return [f"{c} {options[Path(c.split()[1]).name]}" for c in commands]
 

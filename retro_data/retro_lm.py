@@ -4,8 +4,8 @@ After Borgeaud et al. 2021, "Improving language models by retrieving from trilli
 (arXiv 2112.04426), section 2.4: some layers of a causal decoder also attend, chunk by chunk, the
 encoded neighbors of the chunk before; an encoder reads these in both directions, conditioned on
 the decoder's activations of the chunk they were retrieved for. Rotary positions stand in for the
-paper's relative ones, and half of the heads see keys shifted by a token. Documents may share a
-sequence.
+paper's relative ones, and half of the heads see keys shifted by a token and begin by copying. Documents
+may share a sequence.
 
 Shapes: B rows, n = seq_len, m = chunk_size, l = n / m, k = num_neighbors, r = retrieved length.
 """
@@ -282,6 +282,28 @@ class Attention(nn.Module):
         gained: Tensor = self.out(rearrange(attend(q, k, v, visible), "b h t d -> b t (h d)"))
         return gained
 
+    @torch.no_grad()
+    def begin_to_copy(self, to_context: Tensor | None = None) -> None:
+        """Lets the heads with shifted keys begin by finding a token's like and handing on what follows.
+
+        For that, queries begin equal to keys, and what comes out resembles what was attended:
+        products near to the identity, as trained models come to have them (Trockman and Kolter 2023,
+        arXiv 2305.09828). Where few tokens gain by copying, it is else not learned for long: each half
+        of it is of no use without the other.
+
+        Args:
+            to_context: (context_dim, width), what a token's x is multiplied by in the context.
+        """
+        width = self.query.in_features
+        key, value = self.key_value.weight.chunk(2)
+        if to_context is not None:
+            key, value = key @ to_context, value @ to_context
+        copying = slice(width - width // self.head_dim // 2 * self.head_dim, width)
+        self.query.weight[copying] = key[copying]
+        self.query.bias[copying] = self.key_value.bias[:width][copying] = 0.0
+        self.out.weight[:, copying] = value[copying].T * (3 * width) ** -0.5 / value.std()
+        self.key_norm.weight.fill_(2.0)  # as sharp as needed to find one of a hundred
+
 
 class Layer(nn.Module):
     """Self-attention, cross-attention if it was given one, SwiGLU (arXiv 2002.05202)."""
@@ -317,12 +339,18 @@ class Layer(nn.Module):
         return x + gained
 
 
+def _begin(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        _shrink_branches(layer, len(layers))
+        layer.attention.begin_to_copy()
+
+
 @torch.no_grad()
-def _shrink_branches(layers: nn.ModuleList) -> None:
+def _shrink_branches(part: nn.Module, num_layers: int) -> None:
     """So that the residual stream does not grow with depth (Radford et al. 2019, section 2.3)."""
-    for name, weight in layers.named_parameters():
+    for name, weight in part.named_parameters():
         if name.endswith(("out.weight", "down.weight")):
-            weight.mul_((2 * len(layers)) ** -0.5)
+            weight.mul_((2 * num_layers) ** -0.5)
 
 
 class RetroLM(LightningModule):
@@ -348,7 +376,7 @@ class RetroLM(LightningModule):
         RetroDataError: sizes that do not fit together.
     """
 
-    REVISION = 3  # of what equal weights compute; a checkpoint of another is refused
+    REVISION = 4  # of what equal seeds and weights compute; a checkpoint of another is refused
 
     def __init__(
         self,
@@ -409,21 +437,24 @@ class RetroLM(LightningModule):
         self.register_buffer("bytes_per_token", torch.tensor(known, dtype=torch.int64))
         self.embedding = nn.Embedding(vocab_size + 1, width, padding_idx=pad_id)
         self.embedding.weight.data.mul_(0.02)  # as it is the output head, too
-        self.decoder = nn.ModuleList(Layer(width, head_dim, dropout) for _ in range(layers))
+        decoder = [Layer(width, head_dim, dropout) for _ in range(layers)]
+        self.decoder = nn.ModuleList(decoder)
         self.norm = nn.RMSNorm(width)
+        _begin(decoder)
         # Last, so that from equal seeds the rest begins as it does without retrieval: a fair pair.
         if retrieval:
             self.to_encoder = nn.Linear(width, encoder_width, bias=False)
-            self.encoder = nn.ModuleList(
-                Layer(encoder_width, head_dim, dropout) for _ in range(encoder_layers)
-            )
-            for layer in self.encoder[:1]:
+            encoder = [Layer(encoder_width, head_dim, dropout) for _ in range(encoder_layers)]
+            self.encoder = nn.ModuleList(encoder)
+            _begin(encoder)
+            for layer in encoder[:1]:
                 layer.cross_attention = Attention(encoder_width, head_dim, width)
+                _shrink_branches(layer.cross_attention, encoder_layers)
             for number in sorted(crossed):
-                layer = self.decoder[number - 1]
+                layer = decoder[number - 1]
                 layer.cross_attention = Attention(width, head_dim, encoder_width)
-            _shrink_branches(self.encoder)
-        _shrink_branches(self.decoder)
+                _shrink_branches(layer.cross_attention, layers)
+                layer.cross_attention.begin_to_copy(self.to_encoder.weight)
         self._sums: dict[str, Tensor] = {}
         self._leakage: EvaluationLeakage | None = None
         self._leakage_sums: dict[str, Tensor] = {}

@@ -302,7 +302,7 @@ class Attention(nn.Module):
         self.query.weight[copying] = key[copying]
         self.query.bias[copying] = self.key_value.bias[:width][copying] = 0.0
         self.out.weight[:, copying] = value[copying].T * (3 * width) ** -0.5 / value.std()
-        self.key_norm.weight.fill_(2.0)  # as sharp as needed to find one of a hundred
+        self.key_norm.weight.fill_(2.0)  # sharper: a like stands out from hundreds of others
 
 
 class Layer(nn.Module):
@@ -340,6 +340,7 @@ class Layer(nn.Module):
 
 
 def _begin(layers: Sequence[Layer]) -> None:
+    """First weights of what layers have without cross-attention."""
     for layer in layers:
         _shrink_branches(layer, len(layers))
         layer.attention.begin_to_copy()
@@ -376,7 +377,7 @@ class RetroLM(LightningModule):
         RetroDataError: sizes that do not fit together.
     """
 
-    REVISION = 4  # of what equal seeds and weights compute; a checkpoint of another is refused
+    REVISION = 4  # of what equal weights compute and equal seeds begin with
 
     def __init__(
         self,
@@ -576,7 +577,7 @@ class RetroLM(LightningModule):
         checkpoint["retro_lm_revision"] = self.REVISION
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights that would compute something else here.
+        """Refuses weights that may compute something else here, or were begun otherwise.
 
         Raises:
             RetroDataError: a checkpoint of another `REVISION`.
@@ -585,7 +586,7 @@ class RetroLM(LightningModule):
         if found != self.REVISION:
             raise RetroDataError(
                 f"the checkpoint is of revision {found} of RetroLM, expected {self.REVISION}: its "
-                "weights are of another model. Train again, or use the retro_data that made it."
+                "weights may be of another model. Train again, or use the retro_data that made it."
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

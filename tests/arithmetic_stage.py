@@ -46,8 +46,8 @@ class ArithmeticStage:
         block_rows: the tiling, which no byte depends on.
         seconds: that a block takes.
         fate: block number to "raise" (an error), "kill" (SIGKILL), "exit" (of the process), or
-            "meet": wait until another process has begun a block, "pair": until another block has begun,
-            "sleep": for a minute.
+            "meet": wait until `meeting` processes have begun one, "pair": until another block has
+            begun, "sleep": for a minute.
     """
 
     name = "arithmetic"
@@ -63,6 +63,7 @@ class ArithmeticStage:
         block_rows: int = 10,
         seconds: float = 0.0,
         fate: Mapping[int, str] | None = None,
+        meeting: int = 2,
         resources: Resources | None = None,
     ) -> None:
         self.rows = rows
@@ -70,6 +71,7 @@ class ArithmeticStage:
         self.block_rows = block_rows
         self.seconds = seconds
         self.fate = dict(fate or {})
+        self.meeting = meeting
         self.resources = resources or Resources(threads=1)
 
     def key_fields(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class ArithmeticStage:
             case "exit":
                 os._exit(7)
             case "meet":
-                self._wait(lambda: any(e["pid"] != os.getpid() for e in entries(self.diary)))
+                self._wait(lambda: len({e["pid"] for e in entries(self.diary)}) >= self.meeting)
             case "sleep":
                 time.sleep(60)
             case "pair":
@@ -111,7 +113,7 @@ class ArithmeticStage:
         until = time.monotonic() + 60
         while not condition():
             if time.monotonic() > until:
-                raise TimeoutError("no other block was begun")
+                raise TimeoutError("too few other blocks were begun")
             time.sleep(0.01)
 
     def finish(self, folder: Path, receipts: Sequence[Receipt]) -> dict[str, Any]:

@@ -167,12 +167,14 @@ def _unordered(bits):
 
 
 @triton.jit
-def _insert(maxima, first_group, values, groups, least, KEEP: tl.constexpr, IN_CELL: tl.constexpr):
-    """Those of a cell's maxima that beat the least of the list take its place, one by one."""
+def _insert(
+    maxima, first_group, values, groups, least, floor, KEEP: tl.constexpr, IN_CELL: tl.constexpr
+):
+    """Those of a cell's maxima that beat a floor and the least of the list: one by one, in its place."""
     inner = tl.arange(0, IN_CELL)
     place = tl.arange(0, KEEP)
     top = tl.max(maxima, 0)
-    while top > least:
+    while (top > least) & (top > floor):
         at = tl.min(tl.where(maxima == top, inner, IN_CELL), 0)
         worst = tl.min(tl.where(values == least, place, KEEP), 0)
         values = tl.where(place == worst, top, values)
@@ -218,7 +220,7 @@ def merge_rows_kernel(
             cell = (start + at) * IN_CELL
             maxima = _ordered(tl.load(fine + row * fine_stride + cell + inner) - own_bias)
             values, groups, least = _insert(
-                maxima, first_group + cell, values, groups, least, KEEP, IN_CELL
+                maxima, first_group + cell, values, groups, least, _LOWEST, KEEP, IN_CELL
             )
             cells = tl.where(span == at, float("-inf"), cells)
             top = tl.max(cells, 0)
@@ -244,7 +246,11 @@ def merge_columns_kernel(
     CELLS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Lists of columns from first_column on take in flagged cells, whose flags are taken down."""
+    """Lists of columns from first_column on take in flagged cells, whose flags are taken down.
+
+    What does not beat a column's `list_least` is left: the least of its list, or more, where somebody
+    knows of more.
+    """
     first = first_column + tl.program_id(0) * COLUMNS
     some = first + tl.arange(0, COLUMNS)
     cell = tl.arange(0, CELLS)
@@ -268,16 +274,24 @@ def merge_columns_kernel(
                 values = _ordered(tl.load(list_values + column * KEEP + place))
                 groups = tl.load(list_groups + column * KEEP + place)
                 least = tl.min(values, 0)
+                floor = _ordered(tl.load(list_least + column))
                 while at < CELLS:
                     maxima = tl.load(column_fine + column * COLUMN_STRIDE + at * 32 + inner)
                     values, groups, least = _insert(
-                        _ordered(maxima), first_group + at * 32, values, groups, least, KEEP, 32
+                        _ordered(maxima),
+                        first_group + at * 32,
+                        values,
+                        groups,
+                        least,
+                        floor,
+                        KEEP,
+                        32,
                     )
                     todo = tl.where(cell == at, CELLS, todo)
                     at = tl.min(todo, 0)
                 tl.store(list_values + column * KEEP + place, _unordered(values))
                 tl.store(list_groups + column * KEEP + place, groups)
-                tl.store(list_least + column, _unordered(least))
+                tl.store(list_least + column, _unordered(tl.maximum(least, floor)))
         tl.store(address, tl.zeros((CELLS, COLUMNS), tl.int8), inside)
 
 

@@ -46,6 +46,7 @@ GROUP = kernels.GROUP
 ALIGN = 256  # rows and columns of whole blocks of either shape below
 SPARE = 8  # groups of a list beyond k, for what rounding may reorder
 PANEL_ROWS = 16_384  # queries whose group maxima are in memory at once
+PANEL_STEP = 4096  # of larger panels: kernels are compiled for each height, which free memory decides
 TILE_ROWS = 2**21  # database rows searched at once
 LEAST_QUERIES = 1024  # that a further device is given
 LOAD_ROWS = 2**16  # rows read from disk and sent to the device at once
@@ -161,7 +162,7 @@ class _Lists:
         )
         return part
 
-    def take_in(self, others: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def take_in(self, others: Sequence[Sequence[Tensor]]) -> None:
         """The best of these lists and of others of the same rows: (values, groups) of other groups."""
         n = self.listed
         values, groups = (
@@ -744,10 +745,29 @@ class _OnItsWay(NamedTuple):
 # ---- the database's own rows ---------------------------------------------------------------------
 
 
-class _Side:
-    """One device's part of all pairs: the rows, the lists that it keeps of them, and its buffers."""
+class _Past(NamedTuple):
+    """A panel that a side has been set to.
 
-    def __init__(self, search: GpuSearch, k: int, own: _Own, panel: int) -> None:
+    Attributes:
+        first, last: its rows.
+        end: of its products.
+        floors: (height - last,) float32, the least of each later row's list at its end.
+    """
+
+    first: int
+    last: int
+    end: Any
+    floors: Tensor
+
+
+class _Side:
+    """One device's part of all pairs: the rows, the lists that it keeps of them, and its buffers.
+
+    Attributes:
+        past: its latest panels.
+    """
+
+    def __init__(self, search: GpuSearch, k: int, own: _Own, panel: int, remembered: int) -> None:
         assert search.resident is not None
         self.search, self.tile = search, search.resident
         self.rows = self.tile.columns
@@ -758,26 +778,30 @@ class _Side:
             self.lists.clear()
             self.work = _Buffers(panel, height, search.device, by_columns=True)
             self.streams = _Streams(search.device)
-        self.ends: list[tuple[int, Any]] = []  # first row of its panels, and when they have ended
+        self.past: deque[_Past] = deque(maxlen=remembered)
 
-    def end_before(self, row: int) -> Any:
-        """When its panels before a row have ended; None where there are none."""
-        return next((end for first, end in reversed(self.ends) if first < row), None)
+    def before(self, row: int) -> _Past | None:
+        """Its last panel before a row; None where there is none."""
+        return next((past for past in reversed(self.past) if past.first < row), None)
 
-    def lists_for(self, other: _Side, end: Any, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Values and groups of rows [first, last) as of `end`, on the device of the other side."""
-        lists = self.lists.part(first, last)
+    def bring(self, other: _Side, end: Any, *parts: Tensor) -> list[Tensor]:
+        """Parts of what the other side has as of `end`, on this side's device."""
         if self.streams.search is None or other.streams.search is None:
-            return lists.values, lists.groups
+            return list(parts)
         # Not in the streams of the searches: neither device waits for what the other has to do next.
-        with self.streams.copying(), other.streams.copying():
-            self.streams.copies.wait_event(end)
-            copied = [
-                part.to(other.search.device, non_blocking=True)
-                for part in (lists.values, lists.groups)
-            ]
-        other.streams.search_waits(*copied)
-        return copied[0], copied[1]
+        with other.streams.copying(), self.streams.copying():
+            other.streams.copies.wait_event(end)
+            copied = [part.to(self.search.device, non_blocking=True) for part in parts]
+        for part in parts:
+            part.record_stream(other.streams.copies)
+        self.streams.search_waits(*copied)
+        return copied
+
+    def raise_floors(self, other: _Side, past: _Past, first: int) -> None:
+        """What the other's lists of rows from `first` on had no room for is nothing to this side's."""
+        (floors,) = self.bring(other, past.end, past.floors[first - past.last :])
+        least = self.lists.least[first:]
+        torch.maximum(least, floors, out=least)
 
 
 @dataclass
@@ -806,8 +830,9 @@ class AllPairs:
 
     Of several devices the one with the fewest products left to do takes the next panel: panels meet
     ever fewer columns, and devices differ. Each keeps lists of its own for the rows that its panels
-    meet; when a panel is ranked, the lists that the others have of its rows are taken in. That is
-    two rounds later, so that devices seldom wait for each other.
+    meet; when a panel is ranked, the lists that the others have of its rows are taken in. What would
+    come into none of their lists any more need not come into its own: it learns their floors. Either
+    is of two rounds ago, so that devices seldom wait for each other.
 
     Args:
         searches: of one database that is resident, one of each device.
@@ -834,14 +859,15 @@ class AllPairs:
         self.met: list[tuple[int, int]] = []  # ranges of rows that panels have been, in order
         height = _up(search.num_rows, ALIGN)
         fitting = min(s.free_for_maxima() for s in searches) // max(1, height)
-        panel = min(search.panel_rows, fitting // ALIGN * ALIGN, self.stop - self.position)
+        fitting = fitting // PANEL_STEP * PANEL_STEP or fitting // ALIGN * ALIGN
+        panel = min(search.panel_rows, fitting, self.stop - self.position)
         self.panel = max(panel, ALIGN)
         with search.current():
             ranges = search.own_ranges(excluded if search.ids is None else excluded[search.ids])
             own = _Own.of(ranges, 0, height, height)
-        self.sides = [_Side(each, k, own, self.panel) for each in searches]
         count = len(searches)
         self.lag = 2 * count if count > 1 else 0  # panels, from products to ranking
+        self.sides = [_Side(each, k, own, self.panel, self.lag + 2) for each in searches]
         self.ahead = max(1, 2 * self.lag)
         self.flying: deque[_Panel] = deque()
         self.held: tuple[int, int, Neighbors] | None = None
@@ -942,6 +968,7 @@ class AllPairs:
         own = _Own(side.own.low[first:last], side.own.high[first:last])
         lists = side.lists.part(first, last)
         with search.current():
+            self._learn_floors(side, first)
             for low, high in self._left_out(first):
                 search.one_sided(panel, own, columns, low, high, lists, work)
             if last == columns.height or last == self.stop:
@@ -950,23 +977,34 @@ class AllPairs:
                 search.two_sided(panel, own, columns, first, self.stop, lists, side.lists, work)
                 if self.stop < columns.height:
                     search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
+            floors = side.lists.least[last:]
+            if len(self.sides) > 1:
+                floors = floors.clone()
             end = side.streams.end()
-        side.ends.append((first, end))
+        side.past.append(_Past(first, last, end, floors))
         joined = self.met.pop()[0] if self.met and self.met[-1][1] == first else first
         self.met.append((joined, last))
         self.position = last
         return _Panel(first, last, side, end)
+
+    def _learn_floors(self, side: _Side, first: int) -> None:
+        """Of the other devices' lists, as they were two rounds before the panel from `first` on."""
+        for other in self.sides:
+            past = other.before(first - self.lag * self.panel + 1)
+            if other is not side and past is not None:
+                side.raise_floors(other, past, first)
 
     def _rank(self, panel: _Panel) -> None:
         """Sets the panel's device to rank its rows, once every panel before it has ended."""
         first, last, side = panel.first, panel.last, panel.side
         search, lists = side.search, side.lists.part(first, last)
         with search.current():
-            others = [
-                other.lists_for(side, end, first, last)
-                for other in self.sides
-                if other is not side and (end := other.end_before(first)) is not None
-            ]
+            others = []
+            for other in self.sides:
+                past = other.before(first)
+                if other is not side and past is not None:
+                    part = other.lists.part(first, last)
+                    others.append(side.bring(other, past.end, part.values, part.groups))
             if others:
                 lists.take_in(others)
             best = _Best(last - first, self.k, search.device)

@@ -92,16 +92,27 @@ for asked in ([(0, 100), (100, 600)], [(300, 510), (590, 600), (0, 20)]):
 rows = 770
 x = gaussian(rows, 12)
 x[530:540] = x[10:20]  # twins in another device's panel
-real = np.r_[0:20, 250:262, 530:540, 600:612, 765:770]
+real = np.r_[0:20, 20:500:11, 530:540, 600:612, 765:770]  # a panel fills lists
 x[np.setdiff1d(np.arange(rows), real)] = 0
 own = documents(rows, 5)
 expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own)
-for count, asked in ((2, [(0, 605), (605, rows)]), (3, [(520, 620), (760, rows), (0, 20)])):
+raised = []
+plain = exact_triton._Side.raise_floors
+def counted(side, *others):
+    before = side.lists.least.clone()
+    plain(side, *others)
+    raised.append(int((side.lists.least > before).sum()))
+exact_triton._Side.raise_floors = counted
+pieces, jumps = [(0, 605), (605, rows)], [(520, 620), (760, rows), (0, 20)]
+for count, lag, asked in ((3, 6, jumps), (2, 1, pieces)):
     searches = [GpuSearch(Vectors([x]), "l2", None, "cpu", panel_rows=256) for _ in range(count)]
     pairs = AllPairs(searches, 3, own, 0, rows)
+    assert pairs.lag == 2 * count
+    pairs.lag = lag  # or a short one, so that few panels learn the floors of others
     for low, high in asked:
         found = pairs.neighbors(low, high)
         same(found, type(found)(expected.ids[low:high], expected.distances[low:high]))
+    assert any(raised) == (lag == 1)
 """,
     "a store that is a part of the database": """
 x, own = gaussian(560, 12), documents(560, 4)

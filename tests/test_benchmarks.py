@@ -229,12 +229,12 @@ def test_the_command_of_manuals_asks_for_what_its_table_shows() -> None:
     with initialize_config_dir(str(BENCHMARKS.parent / "configs"), version_base="1.3"):
         config = compose("worth", command[2:])
     assert {name: arm.seeds for name, arm in config.arms.items()} == {
-        "retrieval": 3,
-        "none": 3,
-        "random": 2,
-        "shuffled": 0,
-        "none_same_parameters": 1,
-        "none_same_flops": 1,
+        "retrieval": 5,
+        "none": 5,
+        "random": 3,
+        "shuffled": 3,
+        "none_same_parameters": 3,
+        "none_same_flops": 3,
     }
     assert config.data.corpus.name == "manuals"
     assert "by_index" not in config.swaps

@@ -144,7 +144,11 @@ class _Own(NamedTuple):
 
 
 class _Lists:
-    """The best groups of each of `height` rows: `listed` of them, in arrays of `keep`."""
+    """The best groups of each of `height` rows: `listed` of them, in arrays of `keep`.
+
+    Attributes:
+        least: (height,) what a group must beat to come into the list of a row: its least value, or more.
+    """
 
     def __init__(self, height: int, k: int, device: torch.device) -> None:
         self.listed = k + SPARE
@@ -751,7 +755,8 @@ class _Past(NamedTuple):
     Attributes:
         first, last: its rows.
         end: of its products.
-        floors: (height - last,) float32, the least of each later row's list at its end.
+        floors: (stop - last,) float32, at its end: what a group had to beat to come into the list of
+            each later row that will be asked for.
     """
 
     first: int
@@ -800,7 +805,7 @@ class _Side:
     def raise_floors(self, other: _Side, past: _Past, first: int) -> None:
         """What the other's lists of rows from `first` on had no room for is nothing to this side's."""
         (floors,) = self.bring(other, past.end, past.floors[first - past.last :])
-        least = self.lists.least[first:]
+        least = self.lists.least[first : past.last + len(past.floors)]
         torch.maximum(least, floors, out=least)
 
 
@@ -830,9 +835,9 @@ class AllPairs:
 
     Of several devices the one with the fewest products left to do takes the next panel: panels meet
     ever fewer columns, and devices differ. Each keeps lists of its own for the rows that its panels
-    meet; when a panel is ranked, the lists that the others have of its rows are taken in. What would
-    come into none of their lists any more need not come into its own: it learns their floors. Either
-    is of two rounds ago, so that devices seldom wait for each other.
+    meet; when a panel is ranked, the lists that the others have of its rows are taken in. So what the
+    list of one of them has no room for need not come into its own: it learns their floors. Either is
+    of two rounds ago, so that devices seldom wait for each other.
 
     Args:
         searches: of one database that is resident, one of each device.
@@ -977,7 +982,7 @@ class AllPairs:
                 search.two_sided(panel, own, columns, first, self.stop, lists, side.lists, work)
                 if self.stop < columns.height:
                     search.one_sided(panel, own, columns, self.stop, columns.height, lists, work)
-            floors = side.lists.least[last:]
+            floors = side.lists.least[last : self.stop]
             if len(self.sides) > 1:
                 floors = floors.clone()
             end = side.streams.end()

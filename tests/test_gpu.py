@@ -175,6 +175,7 @@ def assert_same(found: Any, expected: Any) -> None:
     [
         (20_005, 768, 16, "l2", {}),
         (9_001, 100, 128, "ip", {"tile_rows": 4096, "panel_rows": 2048}),
+        (9_001, 100, 24, "l2", {"panel_rows": 256}),  # panels enough to learn others' floors
         (9_001, 100, 128, "ip", {"tile_rows": 2048, "resident_bytes": 0}),  # from the host
         (7, 768, 16, "l2", {}),
         (1, 768, 16, "l2", {}),

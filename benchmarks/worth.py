@@ -411,7 +411,7 @@ def _flops_a_token(model: RetroLM, datamodule: RetroDataModule) -> float | None:
     model.train()
     # In float32, so under a mask: that every torch counts.
     with FlopCounterMode(display=False) as counter:
-        token_nats(model(batch), batch["labels"]).sum().backward()
+        model.training_losses(batch)[0].backward()
     model.zero_grad()
     return float(counter.get_total_flops() / batch["labels"].numel())
 

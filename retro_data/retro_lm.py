@@ -357,11 +357,11 @@ def _shrink_branches(part: nn.Module, num_layers: int) -> None:
 class RetroLM(LightningModule):
     """A RETRO decoder that takes the DataModule's batches as they are.
 
-    Token embeddings are shared by decoder, neighbor encoder and output head. Logged are
-    `train/loss` and, over the whole split and all ranks, `val/` and `test/` with the names of
-    `score_figures`; the suffix `_off` is for the same batches with neighbors off. After an
-    evaluation of data whose leakage was measured, `leakage_curves` holds these figures over the
-    chunks that leak at most so much (`retro_data.leakage_curve`).
+    Token embeddings are shared by decoder, neighbor encoder and output head. Logged are `train/loss`,
+    `train/loss_off` if there is a `loss_without_retrieval`, and, over the whole split and all ranks,
+    `val/` and `test/` with the names of `score_figures`; the suffix `_off` is for the same batches
+    with neighbors off. After an evaluation of data whose leakage was measured, `leakage_curves` holds
+    these figures over the chunks that leak at most so much (`retro_data.leakage_curve`).
 
     Args:
         vocab_size, pad_id, eos_id, bos_id: the DataModule's; bos_id is kept for generation.
@@ -370,6 +370,9 @@ class RetroLM(LightningModule):
         cross_attention_every, cross_attention_layers: every such layer of the decoder attends
             neighbors, or these do, counted from 1.
         retrieval: False builds the same decoder without encoder and cross-attention.
+        loss_without_retrieval: share of the loss that is of the same batch with neighbors off, in
+            [0, 1); more than 0 costs a second pass. What can be copied from neighbors teaches the
+            weights little, which then know less where there is nothing to copy.
         evaluate_without_retrieval: evaluate with neighbors off as well.
         beta2: of AdamW; the fewer tokens a batch has, the nearer to 1.
         warmup_steps, decay_steps: see `learning_rate_factor`.
@@ -392,6 +395,7 @@ class RetroLM(LightningModule):
         cross_attention_every: int = 3,
         cross_attention_layers: Sequence[int] | None = None,
         retrieval: bool = True,
+        loss_without_retrieval: float = 0.0,
         evaluate_without_retrieval: bool = False,
         learning_rate: float = 3e-4,
         beta2: float = 0.95,
@@ -424,6 +428,11 @@ class RetroLM(LightningModule):
             raise RetroDataError(
                 f"cross_attention_layers={cross_attention_layers}, expected some of 1 to {layers}"
                 ": change them, cross_attention_every or layers, or set retrieval=False"
+            )
+        if not 0 <= loss_without_retrieval < 1:
+            raise RetroDataError(
+                f"loss_without_retrieval={loss_without_retrieval}, expected a share in [0, 1); to train "
+                "without neighbors alone, set retrieval=False"
             )
         self.vocab_size, self.chunk_size, self.eos_id = vocab_size, chunk_size, eos_id
         self.retrieval, self.evaluate_without_retrieval = retrieval, evaluate_without_retrieval
@@ -589,12 +598,25 @@ class RetroLM(LightningModule):
                 "weights may be of another model. Train again, or use the retro_data that made it."
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean nats of the batch's labels."""
+    def training_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimized, and the mean nats of the batch's labels that it is made of, by name."""
+        share = self.hparams["loss_without_retrieval"] if self.retrieval else 0.0
+        ways: dict[str, bool | None] = (
+            {"loss": None, "loss_off": False} if share else {"loss": None}
+        )
         labels = batch["labels"]
-        loss = token_nats(self(batch), labels).sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
-        return loss
+        count = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        losses = {n: token_nats(self(batch, w), labels).sum() / count for n, w in ways.items()}
+        loss = losses["loss"]
+        return torch.lerp(loss, losses["loss_off"], share) if share else loss, losses
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """What is minimized; logs what it is made of."""
+        total, losses = self.training_losses(batch)
+        for name, loss in losses.items():
+            size = len(batch["labels"])
+            self.log(f"train/{name}", loss, prog_bar=name == "loss", batch_size=size)
+        return total
 
     def on_validation_epoch_start(self) -> None:
         """Empties the sums: one for each way of evaluating, by the suffix of its names."""

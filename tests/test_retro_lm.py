@@ -337,6 +337,26 @@ def test_a_batch_of_no_neighbors_is_retrieval_off() -> None:
     assert torch.equal(model(none), model(batch, retrieval=False))
 
 
+def test_a_share_of_the_loss_may_be_of_the_batch_without_neighbors() -> None:
+    batch = make_batch([[15], [6, 7], []], 4)
+    batch["labels"][0, :9] = -100  # a mean of labels, not of rows
+    real = batch["labels"] != -100
+    gradients = []
+    for share in (0.0, 0.25):
+        model = make_model(loss_without_retrieval=share).double()
+        on, off = (
+            token_nats(model(batch, way), batch["labels"])[real].mean() for way in (None, False)
+        )
+        total, losses = model.training_losses(batch)
+        torch.testing.assert_close(total, (1 - share) * on + share * off)
+        torch.testing.assert_close(losses, {"loss": on, "loss_off": off} if share else {"loss": on})
+        (gradient,) = torch.autograd.grad(total, [model.embedding.weight])
+        gradients.append(gradient)
+    assert not torch.allclose(*gradients)
+    without = make_model(retrieval=False, loss_without_retrieval=0.25)
+    assert list(without.training_losses(batch)[1]) == ["loss"]
+
+
 def test_gradients_reach_every_parameter() -> None:
     model = make_model()
     batch = make_batch([[15], [6, 7], []], 4)
@@ -651,6 +671,7 @@ def test_a_datamodule_gives_vocabulary_special_ids_and_bytes() -> None:
         ({"cross_attention_layers": []}, "cross_attention_every"),
         ({"cross_attention_layers": None, "layers": 2}, "cross_attention_every"),
         ({"bytes_per_token": np.ones(VOCAB + 1)}, "bytes_per_token is"),
+        ({"loss_without_retrieval": 1.0}, r"expected a share in \[0, 1\)"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:

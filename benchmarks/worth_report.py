@@ -32,6 +32,7 @@ Array = np.ndarray[Any, Any]
 EVALUATION = "evaluation.npz"
 DRAWS = 10_000
 ALL, SERVED = 0, 1
+BANDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of r_seen, each up to
 
 
 @dataclass
@@ -199,6 +200,26 @@ def by_leakage(results: Results, arm: str, baseline: str) -> list[list[str]]:
     return rows
 
 
+def by_band(results: Results, arm: str, baseline: str) -> list[list[str]]:
+    """What every arm, and an arm's swaps, differ by from the baseline in each band of r_seen."""
+    band = np.searchsorted(BANDS, results.r_seen)
+    sizes = np.bincount(band, results.bytes[SERVED], len(BANDS))
+    rows = [["served labels, r_seen", *(f"to {edge:.4g}" for edge in BANDS)]]
+    rows.append(["share of bytes", *(f"{size / sizes.sum():.1%}" for size in sizes)])
+    base = results.own(baseline).nats
+    for (name, swap), found in results.scores.items():
+        if swap == "own" or name == arm:
+            sums, base_sums = (
+                np.bincount(band, nats[:, SERVED].mean(0), len(BANDS))
+                for nats in (found.nats, base)
+            )
+            cells = zip(sums, base_sums, strict=True)
+            rows.append(
+                [f"{name}, {swap}", *(f"{100 * (a / b - 1):+.1f}%" if b else "-" for a, b in cells)]
+            )
+    return rows
+
+
 def draw(results: Results, arm: str, baseline: str, measure: str) -> str:
     """Bits per byte of what neighbors can serve, over chunks that leak at most so much, as an SVG."""
     leak = {"r": results.r, "r_seen": results.r_seen}[measure]
@@ -269,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Arms", arms(results, baseline), options.markdown)
     show(f"The arm {arm}, evaluated with", swaps(results, arm, baseline), options.markdown)
     show(f"{arm} by leakage", by_leakage(results, arm, baseline), options.markdown)
+    show("Beside the baseline", by_band(results, arm, baseline), options.markdown)
     for measure in MEASURES if options.svg else ():
         path = Path(f"{options.svg}-{measure}.svg")
         path.parent.mkdir(parents=True, exist_ok=True)

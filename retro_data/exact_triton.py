@@ -750,7 +750,8 @@ class _OnItsWay(NamedTuple):
 
 
 class _Past(NamedTuple):
-    """A panel that a side has been set to.
+    """A panel that a side has been set to; no `_Panel`: one that its side held would hold its side,
+    whose buffers would stay until garbage is collected.
 
     Attributes:
         first, last: its rows.
@@ -872,6 +873,7 @@ class AllPairs:
             own = _Own.of(ranges, 0, height, height)
         count = len(searches)
         self.lag = 2 * count if count > 1 else 0  # panels, from products to ranking
+        # At most `lag` panels begin between a panel's start and its ranking; one before it is kept.
         self.sides = [_Side(each, k, own, self.panel, self.lag + 2) for each in searches]
         self.ahead = max(1, 2 * self.lag)
         self.flying: deque[_Panel] = deque()

@@ -600,22 +600,21 @@ class RetroLM(LightningModule):
 
     def training_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimized, and the mean nats of the batch's labels that it is made of, by name."""
-        share = self.hparams["loss_without_retrieval"] if self.retrieval else 0.0
-        ways: dict[str, bool | None] = (
-            {"loss": None, "loss_off": False} if share else {"loss": None}
-        )
         labels = batch["labels"]
         count = (labels != IGNORED_LABEL).sum().clamp(min=1)
-        losses = {n: token_nats(self(batch, w), labels).sum() / count for n, w in ways.items()}
-        loss = losses["loss"]
-        return torch.lerp(loss, losses["loss_off"], share) if share else loss, losses
+        loss = token_nats(self(batch), labels).sum() / count
+        share = self.hparams["loss_without_retrieval"]
+        if not share or not self.retrieval:
+            return loss, {"loss": loss}
+        off = token_nats(self(batch, False), labels).sum() / count
+        return torch.lerp(loss, off, share), {"loss": loss, "loss_off": off}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What is minimized; logs what it is made of."""
         total, losses = self.training_losses(batch)
+        rows = len(batch["labels"])
         for name, loss in losses.items():
-            size = len(batch["labels"])
-            self.log(f"train/{name}", loss, prog_bar=name == "loss", batch_size=size)
+            self.log(f"train/{name}", loss, prog_bar=name == "loss", batch_size=rows)
         return total
 
     def on_validation_epoch_start(self) -> None:

@@ -209,6 +209,7 @@ def test_a_training_that_diverged_is_told(tmp_path: Path) -> None:
     assert re.search(r"\| retrieval +\| 1 of 2 ", tables)
     assert re.search(r"\| random +\| 0 of 1 +\| - ", tables)
     assert "-33.33%" in tables
+    assert re.search(r"\| retrieval, own +\| -33.3% +\| - ", tables)  # all in the first band
     report = runpy.run_path(str(BENCHMARKS / "worth_report.py"))
     with pytest.raises(RetroDataError, match=r"no training of random .* none, retrieval"):
         report["main"]([str(tmp_path / "results"), "--baseline", "random"])

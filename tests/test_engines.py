@@ -112,7 +112,8 @@ def test_workers_go_from_stage_to_stage_while_the_engine_is_open(tmp_path: Path)
         assert pids_of("second", engine) == first
         killed = min(first)
         os.kill(killed, signal.SIGKILL)  # as the kernel may, for want of memory
-        wait_for(lambda: not is_running(killed))
+        (dying,) = (child.process for child in engine._idle if child.process.pid == killed)
+        wait_for(lambda: dying.poll() is not None)  # not before its last thread is gone
         third = pids_of("third", engine)
         assert len(third) == 2
         assert third & first == first - {killed}

@@ -269,7 +269,7 @@ class SelfSearch:
         self.excluded = excluded
         self.pairs: Any = None
         if search.on_gpu_whole and start < stop:
-            from retro_data.exact_triton import AllPairs
+            from retro_data.all_pairs_triton import AllPairs
 
             self.pairs = AllPairs(search.gpus, k, excluded, start, stop)
 

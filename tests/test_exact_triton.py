@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 
 PRELUDE = """
 import numpy as np
-from retro_data import exact_triton
+from retro_data import all_pairs_triton, exact_triton
+from retro_data.all_pairs_triton import AllPairs
 from retro_data.exact import Vectors, nearest
-from retro_data.exact_triton import AllPairs, GpuSearch
+from retro_data.exact_triton import GpuSearch
 
 exact_triton.CANDIDATES_AT_ONCE = 128  # fewer turns of a loop that the interpreter takes slowly
 
@@ -97,12 +98,12 @@ x[np.setdiff1d(np.arange(rows), real)] = 0
 own = documents(rows, 5)
 expected = nearest(x, Vectors([x]), 3, metric="l2", excluded=own)
 raised = []
-plain = exact_triton._Side.raise_floors
+plain = all_pairs_triton._Side.raise_floors
 def counted(side, *others):
     before = side.lists.least.clone()
     plain(side, *others)
     raised.append(int((side.lists.least > before).sum()))
-exact_triton._Side.raise_floors = counted
+all_pairs_triton._Side.raise_floors = counted
 pieces, jumps = [(0, 605), (605, rows)], [(520, 620), (760, rows), (0, 20)]
 for count, lag, asked in ((3, 6, jumps), (2, 1, pieces)):
     searches = [GpuSearch(Vectors([x]), "l2", None, "cpu", panel_rows=256) for _ in range(count)]

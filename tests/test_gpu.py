@@ -185,8 +185,9 @@ def test_exact_search_has_the_results_of_the_cpu(
     rows: int, dim: int, k: int, metric: Any, options: dict[str, int]
 ) -> None:
     """Any queries, and all rows of the database at once: the same bits."""
+    from retro_data.all_pairs_triton import AllPairs
     from retro_data.exact import Neighbors, Vectors, nearest
-    from retro_data.exact_triton import AllPairs, GpuSearch
+    from retro_data.exact_triton import GpuSearch
 
     x = clustered(rows, dim)
     x[rows // 2 :] = x[: rows - rows // 2]  # every vector twice: ties go to the lower id

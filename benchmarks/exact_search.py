@@ -35,7 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retro_data.exact import Search, Vectors, recall
+from retro_data.exact import Search
+from retro_data.vectors import Vectors, recall
 
 with suppress(ImportError):
     import faiss

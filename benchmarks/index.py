@@ -32,11 +32,12 @@ from retro_data.codebook import CodebookStage
 from retro_data.database import Database, DatabasePlace
 from retro_data.engines import EngineSettings, InlineEngine, LocalEngine
 from retro_data.errors import RetroDataError
-from retro_data.exact import nearest, recall
+from retro_data.exact import nearest
 from retro_data.index import IndexStage
 from retro_data.index_search import load_index
 from retro_data.index_settings import IndexSettings
 from retro_data.stage import Block, Engine, Receipt, Stage, complete, stage_key
+from retro_data.vectors import recall
 
 Array = np.ndarray[Any, Any]
 Search = Callable[[Array, int], tuple[Array, Array]]  # queries, k -> distances, ids

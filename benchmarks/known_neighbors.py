@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from retro_data.corpus import Document, open_reader
-from retro_data.embedder import EmbedderSettings, embedder_folder
+from retro_data.embedder_settings import EmbedderSettings, embedder_folder
 from retro_data.pipeline import Prepared, PreparedCorpus, Settings, open_prepared, prepare
 from retro_data.selection import RERANK
 

@@ -30,11 +30,12 @@ import transformers
 from embedding import TimedEngine, make_tokenizer, random_chunks, random_encoder
 from exact_search import clustered, own_documents
 
-from retro_data.embedder import EmbedderSettings
+from retro_data.embedder_settings import EmbedderSettings
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines.local import EngineSettings
-from retro_data.exact import Neighbors, Search, Vectors
+from retro_data.exact import Search
 from retro_data.stage import complete
+from retro_data.vectors import Neighbors, Vectors
 
 Array = np.ndarray[Any, Any]
 

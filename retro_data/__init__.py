@@ -9,8 +9,8 @@ number of workers, resumed after a kill, and named by a hash of all that can cha
     datamodule = RetroDataModule(root="data", corpus={"name": "wiki", "path": "wiki/*.jsonl"})
     trainer.fit(RetroLM.from_datamodule(datamodule), datamodule)
 
-`pipeline.py` knows the order of the stages, `datamodule.py` the hooks of Lightning, `retro_lm.py` is
-a reference model that reads the batch.
+`pipeline.py` knows the order of the stages, `data.py` what a program sees of them, `datamodule.py` the
+hooks of Lightning, `retro_lm.py` is a reference model that reads the batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "RetroData": "retro_data.data",
     "RetroDataError": "retro_data.errors",
     "RetroDataModule": "retro_data.datamodule",
     "RetroDataset": "retro_data.dataset",

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_data.exact import Neighbors
 from retro_data.exact_state_triton import (
     Best,
     Buffers,
@@ -27,6 +26,7 @@ from retro_data.exact_state_triton import (
     round_up,
 )
 from retro_data.exact_triton import ALIGN, GpuSearch, search_together
+from retro_data.vectors import Neighbors
 
 PANEL_STEP = 4096  # of larger panels: kernels are compiled for each height, and memory decides
 

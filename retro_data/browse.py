@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from retro_data.datamodule import RetroDataModule
+    from retro_data.data import RetroData
 
 WIDTH = 100
 
 
-def show_sequence(datamodule: RetroDataModule, split: str = "train", index: int = 0) -> str:
+def show_sequence(data: RetroData, split: str = "train", index: int = 0) -> str:
     """One sequence, chunk by chunk, each with its nearest neighbors (chunk and continuation).
 
     Args:
         split: "train", "val" or "test".
         index: of the sequence in its split.
     """
-    dataset = datamodule.dataset(split)
+    dataset = data.dataset(split)
     if not 0 <= index < len(dataset):
         return f"The split {split} has {len(dataset)} sequences; there is no sequence {index}."
     batch = {name: value[0].numpy() for name, value in dataset.__getitems__([index]).items()}
-    tokenizer = datamodule.prepared.tokenizer
+    tokenizer = data.prepared.tokenizer
     lines = [f"Sequence {index} of {len(dataset)} in {split}"]
-    size = datamodule.chunk_size
+    size = data.chunk_size
     for u, length in enumerate(batch["chunk_lengths"].tolist()):
         if not length:
             break

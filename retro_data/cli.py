@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from retro_data.errors import RetroDataError
 
 if TYPE_CHECKING:
-    from retro_data.datamodule import RetroDataModule
+    from retro_data.data import RetroData
 
 KEPT = "Finished blocks are kept: the same command goes on from them."
+DATAMODULE = ("retro_data.RetroDataModule", "retro_data.datamodule.RetroDataModule")
+DATA = "retro_data.RetroData"  # the same without Lightning, which takes seconds to load
 COMMANDS = {
     "plan": "say what preparing will cost, from a sample: chunks, bytes, memory, time",
     "prepare": "build what is missing of every artifact, and mend what is damaged",
@@ -41,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         signal.signal(signal.SIGTERM, _end)
-        datamodule = _datamodule(options)
-        return int(globals()[f"_{options.command}"](datamodule, options))
+        return int(globals()[f"_{options.command}"](_data(options), options))
     except RetroDataError as error:
         print(f"retro-data {options.command}: {error}", file=sys.stderr)
         return 1
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _datamodule(options: argparse.Namespace) -> RetroDataModule:
+def _data(options: argparse.Namespace) -> RetroData:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -104,8 +105,10 @@ def _datamodule(options: argparse.Namespace) -> RetroDataModule:
     try:
         with place:
             config = hydra.compose(options.config_name, overrides=options.overrides)
-            datamodule: Any = hydra.utils.instantiate(config.data)
-            return datamodule  # type: ignore[no-any-return]
+            if config.data.get("_target_") in DATAMODULE:
+                config.data._target_ = DATA
+            data: Any = hydra.utils.instantiate(config.data)
+            return data  # type: ignore[no-any-return]
     except (HydraException, OmegaConfBaseException) as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, RetroDataError):
@@ -113,7 +116,7 @@ def _datamodule(options: argparse.Namespace) -> RetroDataModule:
         raise RetroDataError(str(cause if isinstance(cause, RetroDataError) else error)) from error
 
 
-def _plan(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _plan(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data.plan import plan
 
     ours = logging.getLogger("retro_data")
@@ -121,7 +124,7 @@ def _plan(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
     if not options.verbose:
         ours.setLevel(logging.WARNING)  # of the sample's own stages
     try:
-        found = plan(datamodule.settings())
+        found = plan(data.settings())
     finally:
         ours.setLevel(level)
     print(
@@ -145,33 +148,33 @@ def _plan(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
     return 1 if refusals else 0
 
 
-def _prepare(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _prepare(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data import pipeline
 
     if options.verify:
-        pipeline.prepare(datamodule.settings(), verify=True)
+        pipeline.prepare(data.settings(), verify=True)
     else:
-        datamodule.prepare_data()
+        data.prepare_data()
     return 0
 
 
-def _status(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _status(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data import pipeline
 
     print(f"{'artifact':28} {'state':9} {'blocks':>11} {'size':>9}  {'key':16}  folder")
-    for row in pipeline.status(datamodule.settings()):
+    for row in pipeline.status(data.settings()):
         blocks = f"{row.blocks_done}/{'?' if row.blocks is None else row.blocks}"
         size = f"{row.bytes / 1e6:.1f} MB"
         print(f"{row.title:28} {row.state:9} {blocks:>11} {size:>9}  {row.key[:16]}  {row.folder}")
     return 0
 
 
-def _verify(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _verify(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data import pipeline
     from retro_data.artifact import MEND
 
     damaged = 0
-    for title, wrong in pipeline.verify(datamodule.settings(), options.recompute).items():
+    for title, wrong in pipeline.verify(data.settings(), options.recompute).items():
         print(f"{title}: {'whole' if not wrong else ''}")
         for line in wrong:
             damaged += 1
@@ -181,10 +184,10 @@ def _verify(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-def _clean(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _clean(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data import clean
 
-    found = clean.removable(datamodule.settings(), others=options.others)
+    found = clean.removable(data.settings(), others=options.others)
     for item in found:
         print(f"{_size(item.bytes):>10}  {item.path}  ({item.reason})")
     total = _size(sum(item.bytes for item in found))
@@ -209,9 +212,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _inspect(datamodule: RetroDataModule, options: argparse.Namespace) -> int:
+def _inspect(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data.browse import show_sequence
 
-    datamodule.setup("validate")
-    print(show_sequence(datamodule, options.split, options.index))
+    print(show_sequence(data, options.split, options.index))
     return 0

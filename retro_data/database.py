@@ -19,10 +19,10 @@ import numpy as np
 from retro_data import artifact, store
 from retro_data.artifact import keyed
 from retro_data.errors import RetroDataError
-from retro_data.exact import Vectors
 from retro_data.splits import LEFT_OUT_CODE, SPLITS, SplitOfCorpus, SplitSettings, split_hash
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, block_files, total_counts
 from retro_data.store import ChunkStore, DatabaseStores, Embeddings
+from retro_data.vectors import Vectors
 
 Array = np.ndarray[Any, Any]
 

@@ -17,30 +17,23 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import os
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from retro_data import pipeline
+from retro_data.data import RetroData, plain
 from retro_data.dataset import RetroDataset, collate
 from retro_data.errors import RetroDataError
-from retro_data.leakage_curve import EvaluationLeakage
-from retro_data.order import Mixture, check_shares
-from retro_data.pipeline import Prepared, Settings
+from retro_data.order import Mixture
+from retro_data.pipeline import Settings
 from retro_data.sampler import EvaluationSampler, GlobalOrderSampler
-from retro_data.sequences import MODES
 
 log = logging.getLogger(__name__)
 
-PREPARE = ("auto", "build", "verify")
 UNTRUE_WARNINGS = (  # Lightning's advice, which does not hold for these loaders
     ".*does not have many workers which may be a bottleneck",
     ".*ended before the epoch ended and your dataloader is not resumable",
@@ -68,7 +61,7 @@ else:
     _LightningDataModule = _data_module_base()
 
 
-class RetroDataModule(_LightningDataModule):
+class RetroDataModule(RetroData, _LightningDataModule):
     """Batches of sequences with their retrieved neighbors, from a corpus of text.
 
     Every batch is as the table in `retro_data.dataset` says. `vocab_size`, `pad_id`, `bos_id`,
@@ -79,190 +72,30 @@ class RetroDataModule(_LightningDataModule):
     with exactly the samples that are left, on any number of ranks and workers with the same global
     batch size. (Weights are exact only from checkpoints between accumulations of gradients.)
 
-    Args:
-        root: folder of all artifacts, on storage that all nodes share.
-        corpus: one corpus (`name`, `path`, ...) or a list of them; `retro_data.corpus`.
-        tokenizer, chunks, splits, embedder, database, index, neighbors, engine: settings of each
-            stage, as in `retro_data.pipeline.Settings`; None for its defaults. `engine="ray"` prepares
-            on a cluster, with its devices instead of the Trainer's.
-        selection: filter the stored neighbors and rank them again, without searching again: settings as
-            in `retro_data.selection`; None: they are read as they are stored.
-        near_duplicates: leave documents that are near-duplicates of evaluation documents out of
-            training and database, and split near-duplicates as one: settings as in
-            `retro_data.shingles`, {} for the defaults; None: they are not looked for.
-        chunk_size: tokens of a chunk.
-        prepare: "build" brings the artifacts up to date with the corpus; "verify" never builds and
-            names the command that does; "auto" verifies where root is read-only, else builds.
-        seq_len: tokens of a sequence, whole chunks.
-        mode: "document": one document a sequence, the end padded; "packed": training sequences are
-            filled with whole chunks of several documents. Evaluation is of one document a sequence.
-        mixture: corpus -> its share of the training samples, where corpora are to be trained on more
-            or less than their size says: {"wiki": 0.7, "manuals": 0.3}. An epoch has as many samples
-            as these corpora have sequences, and each corpus goes on where the epoch before left it.
-            None: every sequence once an epoch.
-        num_neighbors: neighbors of each chunk, at most `neighbors.num_stored`; 0 reads none.
-        eval_stride: tokens by which evaluation moves on, whole chunks; None: half of seq_len.
-        batch_size: sequences a rank and step in training.
-        eval_batch_size: the same in evaluation; None: as in training.
-        global_batch_size: sequences of all ranks a step in training, instead of `batch_size`: then
-            a run can be resumed on another number of ranks.
-        seed: of the order of samples.
-        num_workers: loader processes. 0 is fastest unless storage is slow.
-        pin_memory: None: when training on CUDA.
-        prefetch: for roots on disk that memory does not hold: all pages of a batch are asked for at
-            once. With it, num_workers read several batches at a time.
-        prepare_data_per_node: for roots that are not shared: each node prepares its own.
-
-    Raises:
-        RetroDataError: an unknown setting, or a value that cannot be.
+    Arguments are those of `RetroData`.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        corpus: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        tokenizer: Mapping[str, Any] | None = None,
-        chunk_size: int = 64,
-        chunks: Mapping[str, Any] | None = None,
-        splits: Mapping[str, Any] | None = None,
-        embedder: Mapping[str, Any] | None = None,
-        database: Mapping[str, Any] | None = None,
-        index: Mapping[str, Any] | None = None,
-        neighbors: Mapping[str, Any] | None = None,
-        selection: Mapping[str, Any] | None = None,
-        near_duplicates: Mapping[str, Any] | None = None,
-        engine: Mapping[str, Any] | str | None = None,
-        prepare: str = "auto",
-        seq_len: int = 1024,
-        mode: str = "document",
-        mixture: Mapping[str, float] | None = None,
-        num_neighbors: int = 2,
-        eval_stride: int | None = None,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        global_batch_size: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
-        prefetch: bool = False,
-        prepare_data_per_node: bool = False,
-    ) -> None:
-        super().__init__()
-        self.prepare_data_per_node = prepare_data_per_node  # Lightning's own is set just above
-        self.root = _absolute(os.fspath(root))
-        self.corpus = _with_absolute_paths(_plain(corpus))
-        self._groups = {
-            "tokenizer": _plain(tokenizer),
-            "chunks": _plain(chunks),
-            "splits": _plain(splits),
-            "embedder": _plain(embedder),
-            "database": _plain(database),
-            "index": _plain(index),
-            "neighbors": _plain(neighbors),
-            "selection": _plain(selection),
-            "near_duplicates": _plain(near_duplicates),
-            "engine": _plain(engine),
-        }
+    _failure: Exception | None = None  # of prepare_data, until all processes are told
+    _sampler: GlobalOrderSampler | None = None
+    _loaded: dict[str, Any] | None = None
+
+    def _keep_arguments(self, **paths: Any) -> None:
         self.save_hyperparameters(logger=False)
         for name, value in self.hparams.items():  # plain values load with weights_only=True
-            self.hparams[name] = _plain(value)
-        for name, given in (("root", root), ("corpus", corpus)):
-            if self.hparams[name] == _plain(given):  # and not a subclass' argument of that name
+            self.hparams[name] = plain(value)
+        for name, given in paths.items():
+            if self.hparams[name] == plain(given):  # and not a subclass' argument of that name
                 self.hparams[name] = getattr(self, name)
-        if prepare not in PREPARE:
-            raise RetroDataError(f"prepare={prepare!r}; expected one of {', '.join(PREPARE)}.")
-        if mode not in MODES:
-            raise RetroDataError(f"mode={mode!r}; expected one of {', '.join(MODES)}.")
-        self.prepare = prepare
-        self.chunk_size = chunk_size
-        self.seq_len, self.mode = seq_len, mode
-        self.mixture: dict[str, float] | None = _plain(mixture)
-        self.num_neighbors, self.eval_stride = num_neighbors, eval_stride
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.prefetch = prefetch
-        self._prepared: Prepared | None = None
-        self._datasets: dict[str, RetroDataset] = {}
-        self._failure: Exception | None = None
-        self._sampler: GlobalOrderSampler | None = None
-        self._loaded: dict[str, Any] | None = None
-        settings = self.settings()
-        if self.mixture is not None:
-            check_shares(self.mixture, [corpus.name for corpus in settings.corpora])
-
-    # ---- what the data is ------------------------------------------------------------------------
 
     def settings(self) -> Settings:
         """Settings of the pipeline; under a Trainer with its devices and no others, or the cluster's."""
-        groups = dict(self._groups)
-        if self.mode == "packed":
-            groups["packing"] = {"seq_len": self.seq_len}
-        made = Settings.create(self.root, self.corpus, chunk_size=self.chunk_size, **groups)
+        made = super().settings()
         if self.trainer is None or made.engine.kind != "local":
             return made
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         devices = tuple(self.trainer.device_ids) if on_gpu else ()
         engine = dataclasses.replace(made.engine, devices=devices)
         return dataclasses.replace(made, engine=engine)
-
-    @property
-    def prepared(self) -> Prepared:
-        """All artifacts that are read, opened when first asked for."""
-        if self._prepared is None:
-            self._prepared = pipeline.open_prepared(self.settings())
-        return self._prepared
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self.prepared.tokenizer.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        """Stands where there is no token; equal to vocab_size."""
-        return self.prepared.tokenizer.pad_id
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token that begins documents, None if the tokenizer has none."""
-        return self.prepared.tokenizer.bos_id
-
-    @property
-    def eos_id(self) -> int | None:
-        """The label after a document's last token, None if the tokenizer has none."""
-        return self.prepared.tokenizer.eos_id
-
-    @property
-    def bytes_per_token(self) -> np.ndarray[Any, Any] | None:
-        """(vocab_size,) int32 UTF-8 bytes of each id; None if they would not be exact."""
-        return self.prepared.tokenizer.bytes_per_token
-
-    def dataset(self, split: str) -> RetroDataset:
-        """The sequences of "train", or of "val" or "test" as evaluation reads them."""
-        if split not in self._datasets:
-            self._datasets[split] = RetroDataset(
-                self.prepared.corpora,
-                split,
-                database=self.prepared.database,
-                seq_len=self.seq_len,
-                pad_id=self.pad_id,
-                eos_id=self.eos_id,
-                num_neighbors=self.num_neighbors,
-                eval_stride=None if split == "train" else self._eval_stride(),
-                mode=self.mode if split == "train" else "document",
-                prefetch=self.prefetch,
-            )
-        return self._datasets[split]
-
-    def leakage(self) -> EvaluationLeakage | None:
-        """How much of each evaluation chunk was retrieved; None where that was not measured."""
-        return EvaluationLeakage.of(self.prepared.corpora, self.num_neighbors)
-
-    def _eval_stride(self) -> int:
-        half = self.seq_len // self.chunk_size // 2 * self.chunk_size
-        return self.eval_stride or max(half, self.chunk_size)
 
     # ---- preparing -------------------------------------------------------------------------------
 
@@ -275,18 +108,11 @@ class RetroDataModule(_LightningDataModule):
         """
         self._failure = None
         try:
-            if self._may_build():
-                pipeline.prepare(self.settings())
-            else:
-                pipeline.check(self.settings())
+            super().prepare_data()
         except Exception as error:
             if not self._is_distributed():
                 raise
             self._failure = error
-
-    def _may_build(self) -> bool:
-        read_only = os.path.exists(self.root) and not os.access(self.root, os.W_OK)
-        return self.prepare == "build" or (self.prepare == "auto" and not read_only)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what was prepared. The corpus itself is not looked at."""
@@ -511,46 +337,3 @@ class _TrainLoader(DataLoader[Any]):
             if counter is not None:
                 counter.batches_read += 1
             yield batch
-
-
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """The same value in lists, dicts, strings and numbers."""
-    if "omegaconf" in sys.modules:
-        from omegaconf import OmegaConf
-
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value
-
-
-def _absolute(path: str) -> str:
-    """A path as seen from where the program was started, also when Hydra changed the folder."""
-    path = os.path.expanduser(path)
-    if "hydra" in sys.modules:
-        from hydra.utils import to_absolute_path
-
-        return to_absolute_path(path)
-    return os.path.abspath(path)
-
-
-def _with_absolute_paths(corpus: Any) -> Any:
-    if isinstance(corpus, list):
-        return [_with_absolute_paths(one) for one in corpus]
-    path = corpus.get("path")
-    if not isinstance(path, str) or "://" in path:
-        return corpus
-    absolute = _absolute(path)
-    if corpus.get("format") == "huggingface" and not os.path.exists(absolute):
-        return corpus  # the name of a dataset on the hub
-    return {**corpus, "path": absolute}

@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retro_data import store
-from retro_data.embedder import (
-    Embedder,
-    EmbedderSettings,
-    embedder_folder,
-    embedder_identity,
-)
+from retro_data.embedder_settings import EmbedderSettings, embedder_folder, embedder_identity
 from retro_data.stage import (
     Block,
     BlockWriter,
@@ -29,6 +24,9 @@ from retro_data.stage import (
 )
 from retro_data.store import ChunkStore
 from retro_data.tokenizer import LmTokenizer
+
+if TYPE_CHECKING:
+    from retro_data.embedder import Embedder
 
 BATCH_CHUNKS = 65_536  # handed to the embedder at once: bounds memory, whatever a block holds
 ROUND_CHUNKS = 4096  # to which larger blocks are rounded: full batches of a GPU
@@ -83,6 +81,8 @@ class EmbeddingStage:
         return tile(rows, self.settings.block_rows or _block_rows(rows))
 
     def open(self, device: str) -> AbstractContextManager[EmbeddingContext]:
+        from retro_data.embedder import Embedder
+
         context = EmbeddingContext(
             Embedder(self.settings, self.encoder, device),
             ChunkStore(self.chunks[0]),

@@ -28,23 +28,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from retro_data.errors import RetroDataError
+from retro_data.vectors import Metric, Neighbors, Vectors
 
 if TYPE_CHECKING:
     from retro_data.exact_triton import GpuSearch
 
 log = logging.getLogger(__name__)
-
-Metric = Literal["l2", "ip"]
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 
@@ -52,73 +51,10 @@ _GROUP = 16  # rows of a tile a maximum stands for: of 32 more are opened, of 8 
 _MAX_SQUARED_NORM = 2.0**120  # keeps every score and distance below the largest float32 (2**128)
 _LOWEST = -(2.0**125)  # below every score, and finite so that margins can be subtracted
 _UNIT = 2.0**-24  # unit roundoff of float32
-_DTYPES = ("float16", "float32")
 _SUM_WIDTH = 256  # columns whose terms are summed side by side
 _CHECKED_AT_ONCE = 1 << 15  # ranges, that stay in a core's cache
 _TILES_AHEAD = 2  # read while workers are at earlier ones, so that none waits for another
 _MOST_WORKERS = 16  # beyond, Python itself would hold them up; each then has several threads
-
-
-class Neighbors(NamedTuple):
-    """The k nearest rows of each query, nearest first.
-
-    ids: (Q, k) int64 database rows; -1 where there is no further neighbor, at the end of a row.
-    distances: (Q, k) float32; squared L2 (+inf beside -1), or the inner product (-inf beside -1).
-    """
-
-    ids: np.ndarray
-    distances: np.ndarray
-
-
-class Vectors:
-    """A matrix kept as row blocks (arrays or memory maps); row i is row i of the concatenation.
-
-    blocks: (rows, d) arrays, all float16 or all float32, in order; blocks without rows are fine.
-    Raises RetroDataError for no block at all, or blocks that differ in width or dtype.
-    """
-
-    def __init__(self, blocks: Sequence[np.ndarray]) -> None:
-        kinds = {(block.dtype.name, block.shape[1:]) for block in blocks}
-        if len(kinds) != 1 or blocks[0].ndim != 2 or blocks[0].dtype.name not in _DTYPES:
-            found = ", ".join(f"{name} {('rows', *shape)}" for name, shape in sorted(kinds))
-            raise RetroDataError(
-                f"vectors need at least one block, all (rows, d) of one width d and one dtype, "
-                f"float16 or float32; found {found or 'no block'}. Give the blocks of one encoder."
-            )
-        self._blocks = list(blocks)
-        self._starts = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, d)."""
-        return int(self._starts[-1]), int(self._blocks[0].shape[1])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """float16 or float32."""
-        return np.dtype(self._blocks[0].dtype)
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), 0 <= start <= stop <= N: a view where one block holds them."""
-        block = int(np.searchsorted(self._starts[1:-1], start, side="right"))
-        begin = int(self._starts[block])
-        if stop <= self._starts[block + 1]:
-            return self._blocks[block][start - begin : stop - begin]
-        return self.take(np.arange(start, stop))
-
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        """A copy of the rows `ids`, (n,) int64 ascending; visits only blocks that hold some.
-
-        Raises IndexError for an id below 0 or beyond the last row.
-        """
-        if len(ids) and (ids[0] < 0 or ids[-1] >= self._starts[-1]):
-            raise IndexError(f"rows {ids[0]} to {ids[-1]} of {self._starts[-1]}")
-        out = np.empty((len(ids), self.shape[1]), self.dtype)
-        cuts = np.searchsorted(ids, self._starts)
-        for block in np.flatnonzero(np.diff(cuts)):
-            part = slice(cuts[block], cuts[block + 1])
-            out[part] = np.take(self._blocks[block], ids[part] - self._starts[block], axis=0)
-        return out
 
 
 def nearest(
@@ -334,27 +270,6 @@ def rank(queries: np.ndarray, database: Vectors, ids: np.ndarray, *, metric: Met
     )
     return Neighbors(
         np.take_along_axis(ids, order.numpy(), 1), (keys if metric == "l2" else -keys).numpy()
-    )
-
-
-def recall(ids: np.ndarray, truth: np.ndarray) -> float:
-    """recall@k: the share of the true neighbors that were found, in any order.
-
-    ids: (Q, k) and truth: (Q, k'), int64 rows of the database; -1 is no neighbor in either.
-    1.0 where `truth` holds none. Raises RetroDataError for another number of queries.
-    """
-    if len(ids) != len(truth):
-        raise RetroDataError(f"recall of {len(ids)} queries against truth for {len(truth)}")
-    true_row, true_column = np.nonzero(truth >= 0)
-    if not len(true_row):
-        return 1.0
-    found_row, found_column = np.nonzero(ids >= 0)
-    span = int(max(ids.max(initial=0), truth.max(initial=0))) + 1
-    return float(
-        np.isin(
-            true_row * span + truth[true_row, true_column],
-            found_row * span + ids[found_row, found_column],
-        ).mean()
     )
 
 

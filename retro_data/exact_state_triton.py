@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_data.errors import RetroDataError
-from retro_data.exact import Metric, Neighbors
 from retro_data.exact_kernels_triton import GROUP
+from retro_data.vectors import Metric, Neighbors
 
 SPARE = 8  # groups of a list beyond k, for what rounding may reorder
 LOAD_ROWS = 2**16  # rows read from disk and sent to the device at once

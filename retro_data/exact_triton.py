@@ -34,7 +34,6 @@ import triton
 from torch import Tensor
 
 from retro_data import exact_kernels_triton as kernels
-from retro_data.exact import Metric, Neighbors, Vectors
 from retro_data.exact_kernels_triton import GROUP
 from retro_data.exact_state_triton import (
     LOAD_ROWS,
@@ -50,6 +49,7 @@ from retro_data.exact_state_triton import (
     Streams,
     round_up,
 )
+from retro_data.vectors import Metric, Neighbors, Vectors
 
 ALIGN = 256  # rows and columns of whole blocks of either shape of a product
 PANEL_ROWS = 16_384  # queries whose group maxima are in memory at once

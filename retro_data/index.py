@@ -31,7 +31,6 @@ from retro_data import artifact, store
 from retro_data.codebook import gpu_resources, has_gpu_wheel, shape_of
 from retro_data.database import Database, DatabasePlace, draw_rows
 from retro_data.errors import RetroDataError
-from retro_data.exact import Vectors, nearest
 from retro_data.index_factory import (
     choose_shard_rows,
     estimated_bytes,
@@ -54,6 +53,7 @@ from retro_data.index_parts import (
 from retro_data.index_search import Measured, Shards, measure, merge
 from retro_data.index_settings import IndexSettings, check_metric
 from retro_data.stage import Block, BlockWriter, Receipt, Resources, lay_parts, tile
+from retro_data.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
@@ -351,6 +351,8 @@ class _Truth:
 
     def look_at(self, start: int, rows: Array, admitted: Array) -> None:
         """At (n, d) float16 vectors of consecutive global rows."""
+        from retro_data.exact import nearest
+
         if not len(self.ids):
             return
         found = nearest(

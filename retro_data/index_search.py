@@ -20,7 +20,6 @@ import numpy as np
 
 from retro_data import artifact, store
 from retro_data.errors import RetroDataError
-from retro_data.exact import recall
 from retro_data.index_factory import import_faiss
 from retro_data.index_parts import (
     Array,
@@ -31,6 +30,7 @@ from retro_data.index_parts import (
     threads,
     transform,
 )
+from retro_data.vectors import recall
 
 PLATEAU = 0.005  # recall within this of the best is not worth twice the time
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from retro_data import artifact, store
 from retro_data.artifact import free, keyed
 from retro_data.database import Database, DatabasePlace
 from retro_data.errors import RetroDataError
-from retro_data.exact import Neighbors, Search, SelfSearch, Vectors, nearest, rank, recall
 from retro_data.index_search import SearchIndex, load_index
 from retro_data.quality import sample_rows, stored_quality
 from retro_data.stage import (
@@ -33,6 +32,10 @@ from retro_data.stage import (
     total_counts,
 )
 from retro_data.store import ChunkStore, Embeddings
+from retro_data.vectors import Neighbors, Vectors, recall
+
+if TYPE_CHECKING:
+    from retro_data.exact import Search, SelfSearch
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +157,8 @@ class NeighborStage:
         return tile(rows, self.settings.block_rows or min(max(rows // 64, 1024), 65_536))
 
     def open(self, device: str) -> AbstractContextManager[NeighborContext]:
+        from retro_data.exact import Search
+
         vectors = Vectors(list(Embeddings(self.embeddings[0]).blocks()))
         index = load_index(self.index[0]) if self.index is not None else None
         database = self.database.open()
@@ -247,6 +252,8 @@ class NeighborStage:
             out.count("rows_left_short", len(todo))
             todo = todo[:0]
         out.count("rows_searched_exactly", len(todo))
+        from retro_data.exact import rank
+
         ranked = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
         if len(todo):
             ranked.ids[todo], ranked.distances[todo] = context.exact(queries[todo], k, own[todo])
@@ -284,6 +291,8 @@ class NeighborStage:
 
     def _recall(self, folder: Path) -> dict[str, Any]:
         """Of what came of the index, for this corpus' own chunks; None where nothing can be found."""
+        from retro_data.exact import nearest
+
         database, chunks = self.database.open(), ChunkStore(self.chunks[0])
         ids = artifact.open_array(folder / store.NEIGHBOR_IDS)
         k = min(RECALL_AT, ids.shape[1])

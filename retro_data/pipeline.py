@@ -26,7 +26,7 @@ from retro_data.chunks import ChunkSettings, ChunkStage
 from retro_data.codebook import CodebookStage
 from retro_data.corpus import CorpusSettings, open_reader
 from retro_data.database import DatabasePlace, DatabaseSettings, DatabaseStage, StoreOfDatabase
-from retro_data.embedder import EmbedderSettings
+from retro_data.embedder_settings import EmbedderSettings
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import EngineSettings, open_engine
 from retro_data.errors import RetroDataError

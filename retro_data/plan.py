@@ -29,11 +29,11 @@ import numpy as np
 from retro_data import tokenizer as lm
 from retro_data.codebook import TRAINING_BYTES, has_gpu_wheel, rows_to_train_on
 from retro_data.corpus import CorpusSettings, Document, Reader, SourceFile, open_reader
-from retro_data.embedder import embedder_dim, embedder_folder
+from retro_data.embedder_settings import embedder_dim, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import LocalEngine
 from retro_data.errors import RetroDataError
-from retro_data.exact import Search, Vectors
+from retro_data.exact import Search
 from retro_data.index import SHARD_THREADS, shards_of, worker_bytes
 from retro_data.index_factory import choose_factory, estimated_bytes, format_memory
 from retro_data.leakage import BATCH_CHUNKS, NEAREST, longest_common_substrings
@@ -46,6 +46,7 @@ from retro_data.shingles import NearDuplicateSettings, Shingler, signatures
 from retro_data.splits import TRAINING, SplitOfCorpus
 from retro_data.stage import Engine, Resources, complete
 from retro_data.store import ChunkStore
+from retro_data.vectors import Vectors
 
 SAMPLE_BYTES = 8 * 2**20  # of text, spread over the corpora
 READ_SECONDS = 5.0  # of reading a corpus to take it from

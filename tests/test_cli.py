@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,32 @@ def test_prepare_status_verify_inspect(
     text = capsys.readouterr().out
     assert "Sequence 1 of" in text
     assert "neighbor 2" in text
+
+
+def test_looking_loads_neither_lightning_nor_torch(overrides: list[str]) -> None:
+    code = (
+        "import sys; from retro_data.cli import main; assert main(sys.argv[1:]) == 0; "
+        "print('heavy:', *sorted({'lightning', 'pytorch_lightning', 'torch'} & set(sys.modules)))"
+    )
+    for command in ("status", "clean"):
+        line = [sys.executable, "-c", code, command, *overrides]
+        ran = subprocess.run(line, capture_output=True, text=True, check=True)
+        assert ran.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_a_datamodule_of_ones_own_is_made(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from retro_data import RetroDataModule\n"
+        "class Own(RetroDataModule):\n"
+        "    def settings(self):\n"
+        "        print('settings of my own')\n"
+        "        return super().settings()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["status", "data._target_=own.Own", *overrides]) == 0
+    assert "settings of my own" in capsys.readouterr().out
 
 
 def test_verify_finds_a_flipped_bit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import pytest
 import torch
 from test_sampler import on_ranks
 
-from retro_data import pipeline
+from retro_data import RetroData, pipeline
 from retro_data.datamodule import POSITION, RetroDataModule
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
@@ -82,6 +83,18 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     pipeline.prepare(RetroDataModule(**given).settings(), InlineEngine())
     return given
+
+
+def test_the_data_without_the_hooks_is_the_same(arguments: dict[str, Any]) -> None:
+    data, datamodule = RetroData(**arguments), RetroDataModule(**arguments)
+    assert not hasattr(data, "trainer")
+    assert inspect.signature(RetroData) == inspect.signature(RetroDataModule)
+    assert data.settings() == datamodule.settings()
+    data.prepare_data()
+    for split in ("train", "val"):
+        ours, theirs = (d.dataset(split).__getitems__([1, 0]) for d in (data, datamodule))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (data.vocab_size, data.eos_id) == (datamodule.vocab_size, datamodule.eos_id)
 
 
 # ---- models and Trainers that remember -----------------------------------------------------------

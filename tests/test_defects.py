@@ -26,12 +26,13 @@ from retro_data.database import Database, DatabasePlace
 from retro_data.dataset import RetroDataset
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError
-from retro_data.exact import Vectors, nearest
+from retro_data.exact import nearest
 from retro_data.index import IndexStage
 from retro_data.index_factory import import_faiss
 from retro_data.pipeline import Settings, open_prepared, prepare, steps
 from retro_data.stage import complete
 from retro_data.store import ChunkStore, Embeddings
+from retro_data.vectors import Vectors
 
 Array = np.ndarray[Any, Any]
 Small = Callable[..., dict[str, Any]]

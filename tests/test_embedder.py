@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from prepared import Made, corpus_of, texts
 
 from retro_data.artifact import read_manifest
-from retro_data.embedder import Embedder, EmbedderSettings, Ragged, embedder_folder
+from retro_data.embedder import Embedder, Ragged
+from retro_data.embedder_settings import EmbedderSettings, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import InlineEngine
 from retro_data.errors import RetroDataError

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_data.errors import RetroDataError
-from retro_data.exact import Metric, Neighbors, Search, Vectors, nearest, rank, recall
+from retro_data.exact import Search, nearest, rank
+from retro_data.vectors import Metric, Neighbors, Vectors, recall
 
 METRICS: tuple[Metric, Metric] = ("l2", "ip")
 TINY = 1  # bytes: the smallest tiles there are, so that a few hundred rows make many of them

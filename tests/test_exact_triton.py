@@ -15,7 +15,8 @@ PRELUDE = """
 import numpy as np
 from retro_data import all_pairs_triton, exact_triton
 from retro_data.all_pairs_triton import AllPairs
-from retro_data.exact import Vectors, nearest
+from retro_data.exact import nearest
+from retro_data.vectors import Vectors
 from retro_data.exact_triton import GpuSearch
 
 exact_triton.CANDIDATES_AT_ONCE = 128  # fewer turns of a loop that the interpreter takes slowly

@@ -13,7 +13,8 @@ import torch
 from device_stage import DeviceStage
 
 from retro_data import RetroDataModule, RetroLM, pipeline, retro_lm
-from retro_data.embedder import Embedder, EmbedderSettings
+from retro_data.embedder import Embedder
+from retro_data.embedder_settings import EmbedderSettings
 from retro_data.engines import EngineSettings, LocalEngine
 from retro_data.retro_lm import Attention, rotation
 from retro_data.stage import complete
@@ -186,8 +187,9 @@ def test_exact_search_has_the_results_of_the_cpu(
 ) -> None:
     """Any queries, and all rows of the database at once: the same bits."""
     from retro_data.all_pairs_triton import AllPairs
-    from retro_data.exact import Neighbors, Vectors, nearest
+    from retro_data.exact import nearest
     from retro_data.exact_triton import GpuSearch
+    from retro_data.vectors import Neighbors, Vectors
 
     x = clustered(rows, dim)
     x[rows // 2 :] = x[: rows - rows // 2]  # every vector twice: ties go to the lower id
@@ -216,7 +218,8 @@ def test_exact_search_has_the_results_of_the_cpu(
 
 def test_exact_search_of_equal_rows_and_of_ascending_similarity() -> None:
     """More ties than a list holds; and every row nearer to the last ones than all before it."""
-    from retro_data.exact import Search, Vectors, nearest
+    from retro_data.exact import Search, nearest
+    from retro_data.vectors import Vectors
 
     equal = clustered(6000, 768)
     equal[500:5500] = equal[500]

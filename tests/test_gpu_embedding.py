@@ -13,13 +13,8 @@ import torch
 from prepared import Made
 from test_embedder import MINILM, TEXTS, broken_encoder, needs_minilm, reference, vectors_of
 
-from retro_data.embedder import (
-    FLOAT8_CAPABILITY,
-    Embedder,
-    EmbedderSettings,
-    Ragged,
-    embedder_folder,
-)
+from retro_data.embedder import FLOAT8_CAPABILITY, Embedder, Ragged
+from retro_data.embedder_settings import EmbedderSettings, embedder_folder
 from retro_data.embeddings import EmbeddingStage
 from retro_data.engines import InlineEngine, LocalEngine
 from retro_data.errors import RetroDataError

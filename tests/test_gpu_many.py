@@ -22,9 +22,10 @@ from device_stage import DeviceStage
 
 from retro_data import RetroDataModule, pipeline
 from retro_data.engines import EngineSettings, LocalEngine
-from retro_data.exact import Search, Vectors
+from retro_data.exact import Search
 from retro_data.stage import Resources, complete
 from retro_data.store import Embeddings, NeighborLists
+from retro_data.vectors import Vectors
 
 DEVICES = torch.cuda.device_count()
 

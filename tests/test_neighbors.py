@@ -14,10 +14,10 @@ from prepared import Made, corpus_of
 from retro_data import neighbors
 from retro_data.database import Database
 from retro_data.errors import RetroDataError
-from retro_data.exact import recall
 from retro_data.index_search import load_index
 from retro_data.neighbors import NeighborSettings, _others
 from retro_data.splits import SPLITS, split_of_documents
+from retro_data.vectors import recall
 
 Array = np.ndarray[Any, Any]
 Small = Callable[..., dict[str, Any]]

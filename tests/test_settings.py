@@ -15,7 +15,7 @@ from retro_data import artifact, pipeline
 from retro_data.chunks import ChunkSettings
 from retro_data.corpus import CorpusSettings
 from retro_data.database import DatabaseSettings
-from retro_data.embedder import EmbedderSettings
+from retro_data.embedder_settings import EmbedderSettings
 from retro_data.engines import EngineSettings, InlineEngine
 from retro_data.index_settings import IndexSettings
 from retro_data.neighbors import NeighborSettings

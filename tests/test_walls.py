@@ -82,8 +82,8 @@ def test_only_the_index_knows_faiss():
     assert importers("faiss", "autofaiss") <= {"index.py", "index_factory.py"}
 
 
-def test_only_the_demo_cli_and_datamodule_know_hydra():
-    assert importers("hydra", "omegaconf") <= {"cli.py", "datamodule.py"}
+def test_only_the_cli_and_who_takes_its_arguments_know_hydra():
+    assert importers("hydra", "omegaconf") <= {"cli.py", "data.py"}
 
 
 def test_relative_imports_are_not_used():
@@ -104,6 +104,7 @@ HEAVY = [
     "lightning",
     "pytorch_lightning",
     "pyarrow",
+    "torch",
 ]
 
 
@@ -117,10 +118,9 @@ def loaded(*modules: str) -> set[str]:
     return set(ran.stdout.split())
 
 
-def test_neither_serving_nor_the_pipeline_loads_anything_heavy():
-    assert (
-        loaded(*(f"retro_data.{m}" for m in ("dataset", "sampler", "store", "pipeline"))) == set()
-    )
+def test_serving_loads_torch_alone_and_the_pipeline_nothing_heavy():
+    assert loaded(*(f"retro_data.{m}" for m in ("dataset", "sampler"))) == {"torch"}
+    assert loaded(*(f"retro_data.{m}" for m in ("data", "pipeline", "cli"))) == set()
 
 
 def test_the_datamodule_loads_lightning_and_nothing_else_of_weight():
@@ -152,7 +152,7 @@ SPELL_NAMES = {  # module -> the file names that it may spell, None: any
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         *("added_tokens.json", "vocab.json"),
     },
-    "embedder.py": {"config.json"},
+    "embedder_settings.py": {"config.json"},
     "readers.py": {".jsonl", ".json"},  # extensions of a corpus' files
     "demo.py": {"*/*.json"},  # where the demo corpus' files lie
     "table_readers.py": {"dataset_info.json", "state.json", "dataset_dict.json"},  # of `datasets`

@@ -57,7 +57,8 @@ Arguments = dict[str, Any]
 PRELOADED = (
     "torch faiss tokenizers.trainers transformers.models.auto.modeling_auto "
     "transformers.models.bert.modeling_bert transformers.convert_slow_tokenizer "
-    "transformers.tokenization_utils_sentencepiece retro_data.pipeline retro_data.readers"
+    "transformers.tokenization_utils_sentencepiece retro_data.pipeline retro_data.readers "
+    "retro_data.embedder retro_data.exact"
 ).split()
 CALLS = (
     "write fsync link replace rename unlink truncate ftruncate copy_file_range open mkdir rmdir"

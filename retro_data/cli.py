@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from retro_data.data import RetroData
 
 KEPT = "Finished blocks are kept: the same command goes on from them."
-DATAMODULE = ("retro_data.RetroDataModule", "retro_data.datamodule.RetroDataModule")
-DATA = "retro_data.RetroData"  # the same without Lightning, which takes seconds to load
+LIGHTNING_TARGETS = ("retro_data.RetroDataModule", "retro_data.datamodule.RetroDataModule")
+LIGHT_TARGET = "retro_data.RetroData"  # the same without Lightning, which takes seconds to load
 COMMANDS = {
     "plan": "say what preparing will cost, from a sample: chunks, bytes, memory, time",
     "prepare": "build what is missing of every artifact, and mend what is damaged",
@@ -105,8 +105,8 @@ def _data(options: argparse.Namespace) -> RetroData:
     try:
         with place:
             config = hydra.compose(options.config_name, overrides=options.overrides)
-            if config.data.get("_target_") in DATAMODULE:
-                config.data._target_ = DATA
+            if config.data.get("_target_") in LIGHTNING_TARGETS:
+                config.data._target_ = LIGHT_TARGET
             data: Any = hydra.utils.instantiate(config.data)
             return data  # type: ignore[no-any-return]
     except (HydraException, OmegaConfBaseException) as error:
@@ -215,5 +215,7 @@ def _duration(seconds: float) -> str:
 def _inspect(data: RetroData, options: argparse.Namespace) -> int:
     from retro_data.browse import show_sequence
 
+    if hasattr(data, "setup"):  # a DataModule of one's own
+        data.setup("validate")
     print(show_sequence(data, options.split, options.index))
     return 0

@@ -4,7 +4,8 @@
     data.prepare_data()
     batch = data.dataset("train").__getitems__([0, 1])
 
-Neither Lightning nor torch is loaded before a dataset is asked for; `datamodule` adds the hooks.
+Lightning is never loaded, torch with the first dataset or where a stage wants it. `datamodule` adds
+Lightning's hooks.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class RetroData:
     Every batch is as the table in `retro_data.dataset` says. `vocab_size`, `pad_id`, `bos_id`,
     `eos_id`, `chunk_size` and `bytes_per_token` are known as soon as the data is prepared, so a
     model can be built before training: call `prepare_data()` first.
+
+    The sizes of batches, `seed`, `num_workers`, `pin_memory` and `prepare_data_per_node` are for the
+    loaders of `RetroDataModule`, and so is `mixture`, which is held against the corpora here.
 
     Args:
         root: folder of all artifacts, on storage that all nodes share.
@@ -144,7 +148,10 @@ class RetroData:
             check_shares(self.mixture, [corpus.name for corpus in settings.corpora])
 
     def _keep_arguments(self, **paths: Any) -> None:
-        """For a subclass that remembers what it was made of; `paths` may have become absolute."""
+        """For a subclass that remembers what it was made of; `paths` may have become absolute.
+
+        Lightning finds the arguments in the frames that call this one.
+        """
 
     # ---- what the data is ------------------------------------------------------------------------
 
@@ -228,6 +235,12 @@ class RetroData:
             pipeline.prepare(self.settings())
         else:
             pipeline.check(self.settings())
+        self._forget()
+
+    def _forget(self) -> None:
+        """Close what was opened: it may be of another state of the corpus."""
+        self._prepared = None
+        self._datasets.clear()
 
     def _may_build(self) -> bool:
         read_only = os.path.exists(self.root) and not os.access(self.root, os.W_OK)

@@ -62,17 +62,11 @@ else:
 
 
 class RetroDataModule(RetroData, _LightningDataModule):
-    """Batches of sequences with their retrieved neighbors, from a corpus of text.
-
-    Every batch is as the table in `retro_data.dataset` says. `vocab_size`, `pad_id`, `bos_id`,
-    `eos_id`, `chunk_size` and `bytes_per_token` are known as soon as the data is prepared, so a
-    model can be built before training: call `prepare_data()` first.
+    """`RetroData`, of the same arguments, with Lightning's hooks.
 
     A checkpoint holds the position in global samples. Resumed inside an epoch, training goes on
     with exactly the samples that are left, on any number of ranks and workers with the same global
     batch size. (Weights are exact only from checkpoints between accumulations of gradients.)
-
-    Arguments are those of `RetroData`.
     """
 
     _failure: Exception | None = None  # of prepare_data, until all processes are told
@@ -119,8 +113,7 @@ class RetroDataModule(RetroData, _LightningDataModule):
         self._raise_failure()
         if stage in (None, "fit"):  # each fit begins at the start, unless a checkpoint says where
             self._sampler = self._loaded = None
-        self._prepared = None
-        self._datasets.clear()
+        self._forget()
         log.debug("opened %s", self.prepared.key)
         for untrue in UNTRUE_WARNINGS:
             warnings.filterwarnings("ignore", untrue)

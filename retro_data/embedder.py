@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from retro_data.embedder_settings import EmbedderSettings
+from retro_data.embedder_settings import PRECISIONS, EmbedderSettings
 from retro_data.errors import RetroDataError
 from retro_data.tokenizer import LmTokenizer, load_fast_tokenizer
 
@@ -30,12 +30,6 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-DTYPES = {  # of the precisions
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-}
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 262_144
 ENCODE_TEXTS = 8192  # tokenized at once: their ids are Python's integers for a while
 FUSED_CAPABILITY = (8, 0)  # of a GPU: bfloat16 products
@@ -74,7 +68,9 @@ class Embedder:
         self.settings = settings
         self.device = torch.device(device)
         on_cpu_fp16 = self.device.type == "cpu" and settings.precision == "fp16"
-        self.dtype = torch.float32 if on_cpu_fp16 else DTYPES[settings.precision]
+        self.dtype = (
+            torch.float32 if on_cpu_fp16 else getattr(torch, PRECISIONS[settings.precision])
+        )
         if self.device.type == "cpu" and settings.precision == "fp8":
             raise RetroDataError(NO_FLOAT8.format("a CPU"))
         tokenizer = load_fast_tokenizer(folder, "embedder.name")

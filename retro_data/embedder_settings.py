@@ -11,7 +11,12 @@ from retro_data.artifact import free, key_fields, keyed
 from retro_data.errors import RetroDataError
 from retro_data.tokenizer import TOKENIZER_FILES, folder_digests, model_folder
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+PRECISIONS = {  # by torch's names
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp8": "float8_e4m3fn",
+}
 CONFIG_FILES = ("config.json",)
 
 

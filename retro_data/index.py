@@ -351,10 +351,10 @@ class _Truth:
 
     def look_at(self, start: int, rows: Array, admitted: Array) -> None:
         """At (n, d) float16 vectors of consecutive global rows."""
-        from retro_data.exact import nearest
-
         if not len(self.ids):
             return
+        from retro_data.exact import nearest
+
         found = nearest(
             self.questions.queries,
             Vectors([rows]),

@@ -224,6 +224,8 @@ class NeighborStage:
         What is short then is found exactly, or in a database too large for that by looking further
         into the index, and stays short where even that finds no more.
         """
+        from retro_data.exact import rank
+
         k, admitted = self.settings.num_stored, context.database.admitted
         total = context.num_admitted
         inside = own[:, 1] - own[:, 0]  # a document is admitted as a whole
@@ -252,8 +254,6 @@ class NeighborStage:
             out.count("rows_left_short", len(todo))
             todo = todo[:0]
         out.count("rows_searched_exactly", len(todo))
-        from retro_data.exact import rank
-
         ranked = rank(queries, context.database.vectors, ids, metric=self.settings.metric)  # type: ignore[arg-type]
         if len(todo):
             ranked.ids[todo], ranked.distances[todo] = context.exact(queries[todo], k, own[todo])

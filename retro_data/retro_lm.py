@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from retro_data.leakage_curve import (
     curve,
     sums_of_bins,
 )
+
+if TYPE_CHECKING:
+    from retro_data.data import RetroData
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -472,8 +475,8 @@ class RetroLM(LightningModule):
         self.leakage_curves: dict[str, list[dict[str, float]]] = {}
 
     @classmethod
-    def from_datamodule(cls, datamodule: Any, **settings: Any) -> RetroLM:
-        """A model for a RetroDataModule's vocabulary and chunk_size; `settings` are the others."""
+    def from_datamodule(cls, datamodule: RetroData, **settings: Any) -> RetroLM:
+        """A model for a DataModule's vocabulary and chunk_size; `settings` are the others."""
         names = ("vocab_size", "pad_id", "bos_id", "eos_id", "chunk_size", "bytes_per_token")
         return cls(**{name: getattr(datamodule, name) for name in names} | settings)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -60,14 +59,18 @@ def test_looking_loads_neither_lightning_nor_torch(overrides: list[str]) -> None
         "import sys; from retro_data.cli import main; assert main(sys.argv[1:]) == 0; "
         "print('heavy:', *sorted({'lightning', 'pytorch_lightning', 'torch'} & set(sys.modules)))"
     )
-    for command in ("status", "clean"):
+    assert main(["prepare", *overrides]) == 0
+    for command in ("status", "verify", "clean"):
         line = [sys.executable, "-c", code, command, *overrides]
         ran = subprocess.run(line, capture_output=True, text=True, check=True)
         assert ran.stdout.splitlines()[-1] == "heavy:"
 
 
 def test_a_datamodule_of_ones_own_is_made(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "own.py").write_text(
         "from retro_data import RetroDataModule\n"

@@ -97,6 +97,22 @@ def test_the_data_without_the_hooks_is_the_same(arguments: dict[str, Any]) -> No
     assert (data.vocab_size, data.eos_id) == (datamodule.vocab_size, datamodule.eos_id)
 
 
+def test_what_is_prepared_again_is_opened_again(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Of a corpus that has grown."""
+    corpus, root = tmp_path / "corpus.jsonl", tmp_path / "root"
+    write_corpus(corpus, documents=30)
+    data = RetroData(
+        **{**arguments, "root": root, "corpus": {"name": "words", "path": str(corpus)}},
+        engine={"workers": 1},
+    )
+    sizes = []
+    for documents in (30, 60):
+        write_corpus(corpus, documents)
+        data.prepare_data()
+        sizes.append(len(data.dataset("train")))
+    assert sizes[0] < sizes[1]
+
+
 # ---- models and Trainers that remember -----------------------------------------------------------
 
 

@@ -94,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 def _data(options: argparse.Namespace) -> RetroData:
     import hydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+
+    from retro_data.data import RetroData
 
     place: AbstractContextManager[None]
     if options.config_dir is not None:
@@ -105,15 +108,21 @@ def _data(options: argparse.Namespace) -> RetroData:
     try:
         with place:
             config = hydra.compose(options.config_name, overrides=options.overrides)
-            if config.data.get("_target_") in LIGHTNING_TARGETS:
+            if OmegaConf.select(config, "data._target_") in LIGHTNING_TARGETS:
                 config.data._target_ = LIGHT_TARGET
             data: Any = hydra.utils.instantiate(config.data)
-            return data  # type: ignore[no-any-return]
     except (HydraException, OmegaConfBaseException) as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, RetroDataError):
             cause = cause.__cause__
         raise RetroDataError(str(cause if isinstance(cause, RetroDataError) else error)) from error
+    if not isinstance(data, RetroData):
+        raise RetroDataError(
+            f"`data` of the configuration {options.config_name!r} makes a {type(data).__name__}, "
+            "expected a RetroDataModule. Set data._target_=retro_data.RetroDataModule, or begin with "
+            "the defaults `- data: retro`."
+        )
+    return data
 
 
 def _plan(data: RetroData, options: argparse.Namespace) -> int:

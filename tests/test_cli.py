@@ -84,6 +84,15 @@ def test_a_datamodule_of_ones_own_is_made(
     assert "settings of my own" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", ["null", "{root: data}", "{_target_: builtins.dict}"])
+def test_a_configuration_that_makes_no_data_is_refused(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {data}\n")
+    assert main(["status", "--config-dir", str(tmp_path), "--config-name", "mine"]) == 1
+    assert "expected a RetroDataModule. Set data._target_=" in capsys.readouterr().err
+
+
 def test_verify_finds_a_flipped_bit(
     overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

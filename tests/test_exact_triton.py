@@ -16,8 +16,8 @@ import numpy as np
 from retro_data import all_pairs_triton, exact_triton
 from retro_data.all_pairs_triton import AllPairs
 from retro_data.exact import nearest
-from retro_data.vectors import Vectors
 from retro_data.exact_triton import GpuSearch
+from retro_data.vectors import Vectors
 
 exact_triton.CANDIDATES_AT_ONCE = 128  # fewer turns of a loop that the interpreter takes slowly
 
